@@ -1,0 +1,37 @@
+# paper · test · lab · refresh · clean; each creates the environment first if it is not there.
+# make paper PROFILE=laptop    other models, see notebooks/profiles/
+# make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
+
+PROFILE ?= micro
+BIN := .venv/bin
+export PROFILE
+
+.PHONY: paper test lab refresh install clean
+
+paper: install
+	$(BIN)/pytask $(ARGS)
+
+test: export OMP_NUM_THREADS = 1
+test: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-cell-timeout=300 notebooks
+
+lab: install
+	cd notebooks && ../$(BIN)/jupyter lab
+
+refresh: override PROFILE = micro
+refresh: paper
+	$(BIN)/python notebooks/refresh.py
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf build

@@ -1,0 +1,69 @@
+"""Experts for the base to follow.
+
+`SyntheticExpert` edits the base's last state by a low-rank map, h_e = h + s (h U) V^T, and
+shares its head: the expert of both earlier studies, with its strength s set by effect.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float64, Shaped
+from torch import Tensor
+
+from chassis_utils.metrics import kl_divergence
+from chassis_utils.models import Head
+
+STRONGEST = 2.0**30  # where the search for a strength gives up: the softmax is one token long before
+SPREAD = 0.01  # standard deviation of the entries of U and V, as in the first study
+
+
+@dataclass(frozen=True)
+class SyntheticExpert:
+    """h_e = h + strength (h U) V^T, in float64."""
+
+    u: Float64[Tensor, "d rank"]
+    v: Float64[Tensor, "d rank"]
+    strength: float = 1.0
+
+    @classmethod
+    def draw(cls, width: int, rank: int, seed: int = 0) -> "SyntheticExpert":
+        """Factors drawn from N(0, 0.01^2); the seed alone decides them."""
+        if not 1 <= rank <= width:
+            raise ValueError(f"expert rank {rank} does not fit states of width {width}: use 1 to {width}")
+        generator = torch.Generator().manual_seed(seed)
+        u, v = torch.randn(2, width, rank, generator=generator, dtype=torch.float64) * SPREAD
+        return cls(u, v)
+
+    def edit(self, h: Shaped[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
+        """The edit h_e - h."""
+        return self.strength * (h.double() @ self.u) @ self.v.T
+
+    def states(self, h: Shaped[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
+        """The expert's states h_e."""
+        return h.double() + self.edit(h)
+
+    def with_effect(self, kl: float, head: Head, h: Shaped[Tensor, "n d"]) -> "SyntheticExpert":
+        """The same expert with the strength at which KL(expert || base) is `kl` nats on `h`.
+
+        The strength is bracketed by doubling and found by bisection to 1 part in a thousand.
+        Raises `ValueError` for an effect that no strength has.
+        """
+        base = head(h)
+        low, high = 0.0, 1.0
+        while self._effect(high, head, h, base) < kl:
+            low, high = high, 2 * high
+            if high > STRONGEST:
+                raise ValueError(f"no strength of this expert reaches {kl} nats: ask for less, or raise its rank")
+        while high - low > 1e-3 * high:
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._effect(middle, head, h, base) < kl else (low, middle)
+        return replace(self, strength=high)
+
+    def _effect(self, strength: float, head: Head, h: Tensor, base: Tensor) -> float:
+        expert = head(replace(self, strength=strength).states(h))
+        return float(kl_divergence(expert, base).mean())
+
+
+def scaled_rank(width: int, rank: int = 64, original_width: int = 2048) -> int:
+    """A rank of the first study (of width 2048) as the same fraction of another width, at least 1."""
+    return max(1, round(rank * width / original_width))

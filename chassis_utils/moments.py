@@ -1,0 +1,102 @@
+"""Streaming second moments: all that ridge and reduced-rank regression need of the data.
+
+For inputs x (d_x) and targets y (d_y): n, sum x, sum y, X^T X, X^T Y, Y^T Y, in float64
+whatever the inputs' dtype (a float32 Gram matrix loses all digits at condition 3e4).
+Moments add and subtract, so batches, processes and machines merge, and leaving a fold out
+is one subtraction. Memory: d_x^2 + d_x d_y + d_y^2 numbers, whatever n; cost: n times that.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from jaxtyping import Float64, Shaped
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Uncentred sums over n samples."""
+
+    n: Float64[Tensor, ""]
+    x_sum: Float64[Tensor, "d_x"]
+    y_sum: Float64[Tensor, "d_y"]
+    xx: Float64[Tensor, "d_x d_x"]
+    xy: Float64[Tensor, "d_x d_y"]
+    yy: Float64[Tensor, "d_y d_y"]
+
+    @classmethod
+    def of(cls, x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"]) -> "Moments":
+        """The moments of one batch; `ValueError` where a row holds NaN or infinity."""
+        for name, rows in (("inputs", x), ("targets", y)):
+            bad = (~torch.isfinite(rows).all(dim=1)).nonzero()
+            if len(bad):
+                raise ValueError(f"row {int(bad[0])} of the {name} is not finite: look at that prompt's states")
+        x, y = x.double(), y.double()
+        n = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+        return cls(n, x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.T @ y)
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(*(a + b for a, b in zip(self._parts(), other._parts(), strict=True)))
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        return Moments(*(a - b for a, b in zip(self._parts(), other._parts(), strict=True)))
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def x_mean(self) -> Float64[Tensor, "d_x"]:
+        """Mean input."""
+        return self.x_sum / self.n
+
+    @property
+    def y_mean(self) -> Float64[Tensor, "d_y"]:
+        """Mean target."""
+        return self.y_sum / self.n
+
+    @property
+    def xx_centred(self) -> Float64[Tensor, "d_x d_x"]:
+        """Gram matrix of the centred inputs."""
+        return self.xx - torch.outer(self.x_sum, self.x_mean)
+
+    @property
+    def xy_centred(self) -> Float64[Tensor, "d_x d_y"]:
+        """Cross products of the centred inputs and targets."""
+        return self.xy - torch.outer(self.x_sum, self.y_mean)
+
+    @property
+    def yy_centred(self) -> Float64[Tensor, "d_y d_y"]:
+        """Gram matrix of the centred targets."""
+        return self.yy - torch.outer(self.y_sum, self.y_mean)
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file."""
+        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Moments":
+        """Read what `save` wrote."""
+        return cls(**load_file(path))
+
+
+def merge(parts: Iterable[Moments]) -> Moments:
+    """The moments of all samples together."""
+    first, *rest = parts
+    for part in rest:
+        first = first + part
+    return first
+
+
+def by_fold(
+    x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"], folds: Sequence[int], batch: int = 4096
+) -> list[Moments]:
+    """One `Moments` per fold, streamed in batches; `folds` names each row's fold, 0 upwards."""
+    labels = torch.as_tensor(folds, device=x.device)
+    found = []
+    for fold in range(int(labels.max()) + 1):
+        rows = (labels == fold).nonzero().flatten()
+        found.append(merge(Moments.of(x[part], y[part]) for part in rows.split(batch)))
+    return found

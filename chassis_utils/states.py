@@ -1,0 +1,104 @@
+"""States of a model at the last token (or a chosen one) of each prompt, at every layer.
+
+Prompts are padded on the right and masked, whatever the tokenizer's default, and the state
+is read at the last real token, so a batch gives what each prompt alone gives. Layer 0 is
+the embeddings, the last is the state after the final norm: the head's input. Computed
+once: stored by the content of model and prompts in `build/cache/`, under a lock, so that
+notebooks running side by side share one pass. Cost: one forward pass per prompt;
+n * (depth + 1) * width numbers.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+
+import torch
+from filelock import FileLock
+from jaxtyping import Float
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+
+from chassis_utils.corpus import content_key
+from chassis_utils.models import LanguageModel
+from chassis_utils.paths import CACHE, write_atomically
+
+BATCH_TOKENS = 4096  # tokens of one forward pass, padding included
+ROOM = 1.2  # disk space asked for, times the size of what is stored
+
+
+def collect(
+    model: LanguageModel, texts: Sequence[str], positions: Sequence[int] | None = None
+) -> Float[Tensor, "layers n d"]:
+    """States [depth + 1, n, width] of each text at its last token, or at token `positions[k]` of text k.
+
+    Raises `ValueError` for a text without tokens or longer than the model reads, a
+    position outside its text, states that are not finite, and `OSError` for a full disk.
+    """
+    ids = model.encode(texts)
+    ends = [len(row) - 1 for row in ids] if positions is None else list(positions)
+    _check(model, texts, ids, ends)
+    key = content_key(f"{model.fingerprint} {model.network.dtype} {ids} {ends}")
+    stored = CACHE / f"states-{key}.safetensors"
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(stored.with_suffix(".lock")):
+        if not stored.exists():
+            found = _run(model, ids, ends)
+            _check_finite(found, texts)
+            _check_room(found)
+            write_atomically(stored, save({"states": found}))
+    return load_file(stored)["states"]
+
+
+def _check(model: LanguageModel, texts: Sequence[str], ids: list[list[int]], ends: list[int]) -> None:
+    if not ids:
+        raise ValueError("there are no prompts to collect states for: give at least one")
+    limit = getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    for text, row, end in zip(texts, ids, ends, strict=True):
+        if not row:
+            raise ValueError(f"prompt {text!r} has no tokens: remove it")
+        if len(row) > limit:
+            raise ValueError(f"prompt {text[:40]!r}... has {len(row)} tokens, {model.name} reads {limit}: shorten it")
+        if not 0 <= end < len(row):
+            raise ValueError(f"position {end} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
+
+
+def _batches(ids: list[list[int]]) -> Iterator[list[int]]:
+    """Prompt numbers of each batch: similar lengths together, within `BATCH_TOKENS`."""
+    batch: list[int] = []
+    for k in sorted(range(len(ids)), key=lambda k: len(ids[k])):
+        if batch and len(ids[k]) * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(k)
+    yield batch
+
+
+@torch.inference_mode()
+def _run(model: LanguageModel, ids: list[list[int]], ends: list[int]) -> Float[Tensor, "layers n d"]:
+    found = torch.empty(model.depth + 1, len(ids), model.width, dtype=model.network.dtype)
+    with tqdm(total=len(ids), desc=f"states of {model.name}", disable=None, leave=False) as bar:
+        for batch in _batches(ids):
+            longest = max(len(ids[k]) for k in batch)
+            padded = torch.tensor([ids[k] + [0] * (longest - len(ids[k])) for k in batch], device=model.device)
+            mask = torch.tensor([[1] * len(ids[k]) + [0] * (longest - len(ids[k])) for k in batch], device=model.device)
+            output = model.network.base_model(padded, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            rows = torch.arange(len(batch))
+            places = torch.tensor([ends[k] for k in batch])
+            for layer, states in enumerate(output.hidden_states):
+                found[layer, batch] = states[rows, places].cpu()
+            bar.update(len(batch))
+    return found
+
+
+def _check_finite(found: Float[Tensor, "layers n d"], texts: Sequence[str]) -> None:
+    bad = (~torch.isfinite(found).all(-1)).nonzero()
+    if len(bad):
+        layer, k = bad[0].tolist()
+        raise ValueError(f"state of layer {layer} is not finite for prompt {texts[k][:60]!r}: use float32 or drop it")
+
+
+def _check_room(found: Tensor) -> None:
+    needed = int(found.numel() * found.element_size() * ROOM)
+    free = shutil.disk_usage(CACHE).free
+    if free < needed:
+        raise OSError(f"{needed / 2**20:.0f} MiB are needed in build/cache, {free / 2**20:.0f} are free: make room")

@@ -1,0 +1,227 @@
+"""Train the three micro checkpoints that the default profile runs on.
+
+    python models/train.py port-llama [--threads 2]
+    python models/train.py expert-phi
+    python models/train.py sibling-math        # continues from port-llama
+
+Text: docstrings of the installed packages (training side only, see
+`chassis_utils.corpus`) and sentences from `generated_text.py`. Matrices are trained with
+Muon (Jordan et al. 2024), everything else with AdamW, the rate falling linearly to zero.
+The run stores its state every fifty steps in `build/training/` and, started again,
+goes on from there. Seeds are fixed; bits per byte agree between runs to rounding.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
+
+from chassis_utils.corpus import read_documents
+from chassis_utils.paths import BUILD, MODELS
+from checkpoint_card import write_checkpoint
+from generated_text import arithmetic, explanations
+from muon import Muon
+from tokenizer_training import byte_level_bpe, sentencepiece_bpe
+
+SEQUENCE, BATCH = 256, 16  # tokens of a window, windows of a step
+WARM_UP, STORE_EVERY = 60, 50  # steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One checkpoint: what it is made of and how long it is trained."""
+
+    steps: int
+    seed: int
+    arithmetic_share: float  # of the windows
+    explanation_share: float
+    rate: float  # of Muon, in units of AdamW's (update RMS matched)
+    start: str | None = None  # checkpoint that training continues from
+
+
+RECIPES = {
+    "port-llama": Recipe(steps=1150, seed=1, arithmetic_share=0.05, explanation_share=0.03, rate=6e-3),
+    "expert-phi": Recipe(steps=850, seed=2, arithmetic_share=0.05, explanation_share=0.03, rate=6e-3),
+    "sibling-math": Recipe(
+        steps=150, seed=3, arithmetic_share=0.75, explanation_share=0.05, rate=2e-3, start="port-llama"
+    ),
+}
+
+
+def new_model(name: str) -> PreTrainedModel:
+    """The untrained model of a recipe, weights drawn from the recipe's seed."""
+    torch.manual_seed(RECIPES[name].seed)
+    if name == "expert-phi":
+        return PhiForCausalLM(
+            PhiConfig(
+                vocab_size=5120,
+                hidden_size=256,
+                intermediate_size=1024,
+                num_hidden_layers=8,
+                num_attention_heads=8,
+                partial_rotary_factor=0.5,
+                max_position_embeddings=1024,
+                bos_token_id=0,
+                eos_token_id=0,
+                pad_token_id=None,
+                tie_word_embeddings=False,
+                resid_pdrop=0.0,
+            )
+        )
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=1024,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def tokenizer_for(name: str) -> Tokenizer:
+    """The recipe's tokenizer; trained on the corpus where `models/<name>` has none yet."""
+    shipped = MODELS / (RECIPES[name].start or name) / "tokenizer.json"
+    if not shipped.exists():
+        texts = [document.text for document in read_documents("train")]
+        texts += [arithmetic(random.Random(n)) for n in range(300)]
+        trained = byte_level_bpe(texts, 5120) if name == "expert-phi" else sentencepiece_bpe(texts, 4096)
+        shipped.parent.mkdir(parents=True, exist_ok=True)
+        trained.save(str(shipped))
+    return Tokenizer.from_file(str(shipped))
+
+
+def windows(name: str, tokenizer: Tokenizer) -> torch.Tensor:
+    """All training windows in the order of training: int64 [steps * BATCH, SEQUENCE].
+
+    Documents are shuffled, joined with the separator and cut; a fixed share of the
+    windows comes from the generated sentences.
+    """
+    recipe = RECIPES[name]
+    rng = random.Random(recipe.seed)
+    needed = recipe.steps * BATCH
+    n_arithmetic, n_explanation = int(needed * recipe.arithmetic_share), int(needed * recipe.explanation_share)
+    documents = [document.text for document in read_documents("train")]
+    rng.shuffle(documents)
+    parts = [
+        _cut(tokenizer, iter(documents), needed - n_arithmetic - n_explanation),
+        _cut(tokenizer, (arithmetic(rng) for _ in iter(int, 1)), n_arithmetic),
+        _cut(tokenizer, (explanations(rng) for _ in iter(int, 1)), n_explanation),
+    ]
+    rows = torch.cat(parts)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))]
+
+
+def _cut(tokenizer: Tokenizer, texts: Iterator[str], count: int) -> torch.Tensor:
+    separator = tokenizer.token_to_id("</s>") if tokenizer.token_to_id("</s>") is not None else 0
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) >= count * SEQUENCE:
+            break
+        ids += [*tokenizer.encode(text).ids, separator]
+    rows = len(ids) // SEQUENCE
+    if rows < count:  # the corpus is shorter than the run: go round again
+        ids *= math.ceil(count / rows)
+    return torch.tensor(ids[: count * SEQUENCE]).view(count, SEQUENCE)
+
+
+def optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, head, norms and biases."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    tables = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." not in n]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return [
+        Muon(matrices, lr=rate, weight_decay=0.05),
+        torch.optim.AdamW(tables, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
+        torch.optim.AdamW(vectors, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def train(name: str) -> None:
+    """Train to the end, resuming from stored state, then write the checkpoint and its card."""
+    recipe, tokenizer = RECIPES[name], tokenizer_for(name)
+    rows = windows(name, tokenizer)
+    model = new_model(name)
+    if recipe.start:
+        model.load_state_dict(type(model).from_pretrained(MODELS / recipe.start, dtype=torch.float32).state_dict())
+    steppers = optimizers(model, recipe.rate)
+    folder = BUILD / "training" / name
+    first, seconds = _restore(folder, model, steppers)
+    model.train()
+    begin = time.perf_counter() - seconds
+    average = float("nan")
+    for step in range(first, recipe.steps):
+        share = min(1.0, (step + 1) / WARM_UP) * (1 - step / recipe.steps)
+        batch = rows[step * BATCH : (step + 1) * BATCH]
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            for group in stepper.param_groups:
+                group["lr"] = recipe.rate * share
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+        average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
+        if (step + 1) % 10 == 0:
+            seconds = time.perf_counter() - begin
+            print(f"{name} step {step + 1}/{recipe.steps} loss {average:.4f} nats/token, {seconds:.0f} s", flush=True)
+        if (step + 1) % STORE_EVERY == 0:
+            _store(folder, model, steppers, step + 1, seconds)
+    tokens = recipe.steps * BATCH * SEQUENCE
+    seconds = time.perf_counter() - begin
+    write_checkpoint(name, model.eval(), tokens=tokens, seconds=seconds, threads=torch.get_num_threads())
+
+
+def _store(
+    folder: Path, model: PreTrainedModel, steppers: list[torch.optim.Optimizer], step: int, seconds: float
+) -> None:
+    """Write weights and optimizer states; the progress file goes last and names the pair."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{n}": t.contiguous() for n, t in model.state_dict().items()}
+    for i, stepper in enumerate(steppers):
+        for k, state in stepper.state_dict()["state"].items():
+            tensors |= {f"stepper.{i}.{k}.{key}": value.contiguous() for key, value in state.items()}
+    save_file(tensors, folder / f"{step}.safetensors")
+    (folder / "progress.json").write_text(json.dumps({"step": step, "seconds": seconds}))
+    for old in folder.glob("*.safetensors"):
+        if old.stem != str(step):
+            old.unlink()
+
+
+def _restore(folder: Path, model: PreTrainedModel, steppers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+    """Load the newest stored state; returns (steps done, seconds spent), zeros where there is none."""
+    if not (folder / "progress.json").exists():
+        return 0, 0.0
+    progress = json.loads((folder / "progress.json").read_text())
+    tensors = load_file(folder / f"{progress['step']}.safetensors")
+    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    for i, stepper in enumerate(steppers):
+        whole = stepper.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith(f"stepper.{i}."):
+                _, _, k, key = name.split(".")
+                whole["state"].setdefault(int(k), {})[key] = tensor
+        stepper.load_state_dict(whole)
+    return progress["step"], progress["seconds"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(arguments.name)

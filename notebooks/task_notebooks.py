@@ -1,0 +1,44 @@
+"""The paper as tasks for pytask: one per notebook, and one that compiles the PDF.
+
+`pytask` runs what has changed by content, `pytask --dry-run` says what, `pytask --explain` why.
+The profile is the environment variable PROFILE.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from pytask import PythonNode, task
+
+from chassis_utils.paths import ROOT
+from chassis_utils.pipeline import PAPER_PROFILE, Step, compile_paper, plan, run_notebook
+
+PROFILE = os.environ.get("PROFILE", PAPER_PROFILE)
+STEPS = plan(ROOT, PROFILE)
+
+for current in STEPS:
+    code = PythonNode(name="code", value=current.code, hash=True)
+    parameters = PythonNode(name="parameters", value=json.dumps(current.parameters, sort_keys=True), hash=True)
+
+    @task(
+        name=current.notebook.stem,
+        kwargs={
+            "step": PythonNode(value=current),
+            "depends_on": {"code": code, "parameters": parameters, "files": current.reads},
+            "produces": current.writes,
+        },
+    )
+    def _(step: Step, depends_on: dict[str, object], produces: list[Path]) -> None:
+        run_notebook(step)
+
+
+PAPER = ROOT / "paper"
+if PROFILE == PAPER_PROFILE and (PAPER / "paper.typ").exists():
+    written = {path for step in STEPS for path in step.writes[:-1]}
+    stored = {
+        path for pattern in ("paper/*.typ", "paper/*.bib", "paper/*/*", "figures/*") for path in ROOT.glob(pattern)
+    }
+
+    @task(name="paper", kwargs={"depends_on": sorted(written | stored), "produces": PAPER / "paper.pdf"})
+    def _(depends_on: list[Path], produces: Path) -> None:
+        compile_paper(ROOT)

@@ -1,0 +1,163 @@
+"""Static checks of every notebook, each proved able to fail."""
+
+import ast
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from chassis_utils.paths import ROOT
+from chassis_utils.pipeline import Notebook, PlanError, plan
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LONGEST, TYPICAL = 25, 6  # lines of a code cell: at most, and in the median
+ABSOLUTE_PATH = re.compile(r"(?<![\w.:/<~})])/[a-z]\w*/[\w.-]+|\b[A-Z]:\\\w")
+DATE = re.compile(r"\b20\d\d-[01]\d-[0-3]\d\b|\b[0-2]\d:[0-5]\d:[0-5]\d\b")
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def problems(notebook: NotebookNode) -> list[str]:
+    """What keeps a notebook from being run, checked and read as the others are; empty for a good one."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [
+        *_parameter_problems(cells),
+        *_cell_problems(cells),
+        *(problem for cell in cells for output in cell.outputs for problem in _output_problems(output)),
+        *_metadata_problems(notebook),
+    ]
+
+
+def _parameter_problems(cells: list[NotebookNode]) -> list[str]:
+    tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        return [f"{len(tagged)} cells are tagged parameters"]
+    lines = tagged[0].source.splitlines()
+    ends = [lines[line.end_lineno - 1][line.end_col_offset :] for line in ast.parse(tagged[0].source).body]
+    return [f"a parameter has no comment: {ends!r}"] if any("#" not in end for end in ends) else []
+
+
+def _cell_problems(cells: list[NotebookNode]) -> list[str]:
+    found = []
+    if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
+        found.append("cells were not run once each, in order")
+    if not any(cell.outputs for cell in cells):
+        found.append("no output is stored")
+    lengths = [len(cell.source.splitlines()) for cell in cells]
+    if max(lengths) > LONGEST or median(lengths) > TYPICAL:
+        found.append(f"cells are long: {max(lengths)} lines at most, {median(lengths)} in the median")
+    found += [f"magic line: {line}" for cell in cells for line in re.findall(r"(?m)^\s*([!%].*)", cell.source)]
+    found += [f"absolute path: {cell.source}" for cell in cells if ABSOLUTE_PATH.search(cell.source)]
+    return found
+
+
+def _output_problems(output: NotebookNode) -> list[str]:
+    data = {**output.get("data", {}), "text": output.get("text", "")}
+    texts = [str(value) for kind, value in data.items() if not kind.startswith("image/")]
+    found = [f"path in an output: {text}" for text in texts if ABSOLUTE_PATH.search(text)]
+    found += [f"date in an output: {text}" for text in texts if DATE.search(text)]
+    return found + (["an error is stored"] if output.output_type == "error" else [])
+
+
+def _metadata_problems(notebook: NotebookNode) -> list[str]:
+    left = {key for cell in notebook.cells for key in cell.metadata} - {"tags"}
+    found = [f"metadata of a run in a cell: {sorted(left)}"] if left else []
+    return found + (["metadata of a run in the notebook"] if notebook.metadata != METADATA else [])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+    nbformat.validate(notebook, version=4, version_minor=5)
+    assert problems(notebook) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_are_typed_literals(path: Path) -> None:
+    assert Notebook.read(path).parameters
+
+
+@pytest.mark.parametrize("profile", ["micro", "laptop", "paper"])
+def test_profile_fits_the_notebooks(profile: str) -> None:
+    assert len(plan(ROOT, profile)) == len(NOTEBOOKS)
+
+
+def good_notebook() -> NotebookNode:
+    """A small notebook without problems."""
+    cells = [
+        new_code_cell("size: int = 1  # how many", execution_count=1, metadata={"tags": ["parameters"]}),
+        new_code_cell("print(size)", execution_count=2, outputs=[new_output("stream", name="stdout", text="1\n")]),
+    ]
+    return new_notebook(cells=cells, metadata=METADATA)
+
+
+def _set_source(source: str, cell: int = 1) -> Callable[[NotebookNode], None]:
+    return lambda notebook: notebook.cells[cell].update(source=source)
+
+
+def _set_output(text: str) -> Callable[[NotebookNode], None]:
+    return lambda notebook: notebook.cells[1].outputs[0].update(text=text)
+
+
+BAD = {
+    "0 cells are tagged parameters": lambda notebook: notebook.cells[0].metadata.clear(),
+    "a parameter has no comment": _set_source("size: int = 1  # how many\nrank: int = 2", cell=0),
+    "cells were not run": lambda notebook: notebook.cells[1].update(execution_count=None),
+    "no output is stored": lambda notebook: notebook.cells[1].update(outputs=[]),
+    "magic line": _set_source("%matplotlib inline"),
+    "magic line: !": _set_source("if size:\n    !ls"),
+    "path in an output": _set_output("read /home/me/model"),
+    "date in an output: on": _set_output("on 2026-01-31"),
+    "date in an output: at": _set_output("at 12:34:56"),
+    "an error is stored": lambda notebook: notebook.cells[1].outputs.append(new_output("error", ename="E", evalue="")),
+    "cells are long: 26": _set_source("\n".join(["size"] * (LONGEST + 1))),
+    "cells are long: 12": _set_source("\n".join(["size"] * 2 * TYPICAL)),
+    "absolute path": _set_source("open('/home/me/model')"),
+    "metadata of a run in a cell": lambda notebook: notebook.cells[1].metadata.update(execution={}),
+    "metadata of a run in the notebook": lambda notebook: notebook.metadata.update(papermill={}),
+}
+
+
+def test_good_notebook_has_no_problem() -> None:
+    assert problems(good_notebook()) == []
+
+
+@pytest.mark.parametrize("problem", BAD)
+def test_bad_notebook_is_found(problem: str) -> None:
+    notebook = good_notebook()
+    BAD[problem](notebook)
+    assert any(found.startswith(problem) for found in problems(notebook))
+
+
+@pytest.mark.parametrize("line", ["size = 1  # how many", "size: int = max(1, 2)  # how many"])
+def test_untyped_or_computed_parameter_is_refused(line: str, tmp_path: Path) -> None:
+    notebook = good_notebook()
+    notebook.cells[0].source = line
+    nbformat.write(notebook, tmp_path / "bad.ipynb")
+    with pytest.raises(PlanError, match="size"):
+        _ = Notebook.read(tmp_path / "bad.ipynb").parameters
+
+
+def test_refresh_takes_outputs_from_the_run_and_nothing_else(tmp_path: Path) -> None:
+    notebook, executed = good_notebook(), good_notebook()
+    notebook.cells[1].outputs = []
+    notebook.cells[1].metadata = {"execution": {}, "tags": ["kept"]}
+    executed.cells.insert(1, new_code_cell("size = 2", metadata={"tags": ["injected-parameters"]}))
+    executed.metadata["papermill"] = {}
+    nbformat.write(notebook, tmp_path / "notebook.ipynb")
+    nbformat.write(executed, tmp_path / "executed.ipynb")
+    runpy.run_path(str(ROOT / "notebooks" / "refresh.py"))["refresh"](
+        tmp_path / "notebook.ipynb", tmp_path / "executed.ipynb"
+    )
+    refreshed = nbformat.read(tmp_path / "notebook.ipynb", as_version=4)
+    assert problems(refreshed) == []
+    assert [cell.id for cell in refreshed.cells] == [cell.id for cell in notebook.cells]
+    assert refreshed.cells[1].metadata == {"tags": ["kept"]}

@@ -1,0 +1,204 @@
+"""The pipeline on a small project of its own: what is run again and when, and what is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from chassis_utils.paths import ROOT
+from chassis_utils.pipeline import PlanError, compile_paper, plan
+
+REPORT = """
+import os
+from pathlib import Path
+
+def save_table(value, name):
+    folder = Path(os.environ["CHASSIS_RESULTS"]) / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    for end in (".csv", ".tex", ".md", ".json"):
+        (folder / f"{name}{end}").write_text(str(value))
+
+def read_table(name):
+    return (Path(__file__).parent.parent / "paper" / "tables" / f"{name}.csv").read_text()
+"""
+MODULES = {"report": REPORT, "near": "from chassis_utils import far", "far": "VALUE = 1", "other": "VALUE = 1"}
+FIRST = ["from chassis_utils import near, report", 'report.save_table(near.far.VALUE, "first")']
+SECOND = [
+    "from chassis_utils import report\nfrom chassis_utils.other import VALUE",
+    'report.save_table(report.read_table("first") + str(VALUE), name="second")',
+]
+PARAMETERS = "size: int = 1  # how many\nshare: float = 0.5  # how much\nbase: str = 'models/small'  # which model"
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """Two notebooks on four modules: 00_first reaches near and far, 10_second other and the first one's table."""
+    for name in ("task_notebooks.py", "pytask_hooks.py"):
+        copy(ROOT / "notebooks" / name, tmp_path / "notebooks" / name)
+    for name in ("__init__.py", "paths.py", "pipeline.py"):
+        copy(ROOT / "chassis_utils" / name, tmp_path / "chassis_utils" / name)
+    copy(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    for name, source in MODULES.items():
+        (tmp_path / "chassis_utils" / f"{name}.py").write_text(source)
+    set_profile(tmp_path, "{}")
+    write_notebook(tmp_path, "00_first", FIRST)
+    write_notebook(tmp_path, "10_second", SECOND)
+    return tmp_path
+
+
+def copy(source: Path, place: Path) -> None:
+    """Copy a file, making its folder."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, place)
+
+
+def set_profile(project: Path, text: str) -> None:
+    """Write the micro profile."""
+    path = project / "notebooks" / "profiles" / "micro.yaml"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+def write_notebook(project: Path, name: str, sources: list[str], text: str = "Text.") -> None:
+    """Write a notebook with the standard parameters cell."""
+    parameters = new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    cells = [new_markdown_cell(text), parameters, *map(new_code_cell, sources)]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), project / "notebooks" / f"{name}.ipynb")
+
+
+def start(project: Path, *arguments: str, profile: str = "micro") -> subprocess.Popen[str]:
+    """Start pytask in the project, one notebook at a time."""
+    environment = os.environ | {"PYTHONPATH": str(project), "PROFILE": profile, "COLUMNS": "120"}
+    command = [sys.executable, "-m", "pytask", "--n-workers", "1", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **streams)
+
+
+def run(project: Path, *arguments: str, profile: str = "micro") -> str:
+    """What a whole run prints."""
+    return start(project, *arguments, profile=profile).communicate()[0]
+
+
+def would_run(project: Path) -> set[str]:
+    """The notebooks that a run would execute."""
+    output = run(project, "--explain")
+    return {name for name in ("00_first", "10_second") if f"::{name}" in output}
+
+
+def table(project: Path, name: str) -> str:
+    """A table's content."""
+    return (project / "paper" / "tables" / f"{name}.csv").read_text()
+
+
+def append(path: Path, text: str) -> None:
+    """Change a file."""
+    path.write_text(path.read_text() + text)
+
+
+def test_runs_what_has_changed_and_keeps_the_last_good_results(project: Path) -> None:
+    assert "2  Succeeded" in run(project)
+    assert (table(project, "first"), table(project, "second")) == ("1", "11")
+    assert would_run(project) == set()
+
+    write_notebook(project, "00_first", FIRST, text="Another text.")
+    assert would_run(project) == set()  # text is no code
+    append(project / "chassis_utils" / "other.py", "\n")
+    assert would_run(project) == {"10_second"}
+    append(project / "chassis_utils" / "far.py", "\nVALUE = 2")
+    assert would_run(project) == {"00_first", "10_second"}  # through near, and through the table
+
+    write_notebook(project, "00_first", [*FIRST, "1 / 0"])
+    output = run(project)
+    assert "ZeroDivisionError: division by zero" in output
+    assert "    1 / 0" in output
+    assert (table(project, "first"), table(project, "second")) == ("1", "11")
+
+    write_notebook(project, "00_first", FIRST)
+    assert "2  Succeeded" in run(project)
+    assert (table(project, "first"), table(project, "second")) == ("2", "21")
+
+
+def test_interrupted_run_is_resumed(project: Path) -> None:
+    marker = project / "reached"
+    wait = f"import time\nfrom pathlib import Path\nPath('{marker}').touch()\ntime.sleep(60)"
+    write_notebook(project, "10_second", [*SECOND, wait])
+    process = start(project)
+    while not marker.exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert table(project, "first") == "1"
+    assert not (project / "paper" / "tables" / "second.csv").exists()
+
+    write_notebook(project, "10_second", SECOND)
+    assert would_run(project) == {"10_second"}
+
+
+def test_mistake_in_a_profile_is_one_sentence_before_anything_runs(project: Path) -> None:
+    assert run(project, profile="pape").splitlines() == [
+        "error: profile 'pape' is unknown: choose one of micro, or add pape.yaml beside them"
+    ]
+    assert not (project / "build").exists()
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ("sise: 2", "sets 'sise', a parameter that no notebook has: remove it or choose one of base, share, size"),
+        ("size: two", "sets 'size' to 'two', but 00_first.ipynb declares it as int: give a value of that type"),
+        ("size: true", "sets 'size' to True, but 00_first.ipynb declares it as int"),
+        ("share: high", "sets 'share' to 'high', but 00_first.ipynb declares it as float"),
+        ("[size, 2]", "a profile is a mapping of parameters to values"),
+    ],
+)
+def test_mistaken_parameter_is_refused(project: Path, profile: str, message: str) -> None:
+    set_profile(project, profile)
+    with pytest.raises(PlanError, match=message):
+        plan(project, "micro")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ('report.save_table(1, "first")', "first.csv is written by 00_first.ipynb and by 10_second.ipynb"),
+        ("report.save_table(1, base)", r"the name in `report.save_table\(1, base\)` is computed"),
+        ('report.read_table("frist")', "10_second.ipynb reads paper/tables/frist.csv, which is not there"),
+        ("%matplotlib inline", "'%matplotlib inline' is not Python"),
+    ],
+)
+def test_mistake_in_a_notebook_is_refused(project: Path, source: str, message: str) -> None:
+    write_notebook(project, "10_second", [*SECOND[:1], source])
+    with pytest.raises(PlanError, match=message):
+        plan(project, "micro")
+
+
+def test_profile_sets_parameters_and_checkpoints_are_inputs(project: Path) -> None:
+    checkpoint = project / "models" / "large" / "model.safetensors"
+    copy(project / "pyproject.toml", checkpoint)
+    set_profile(project, "base: models/large\nshare: 1")
+    first, _ = plan(project, "micro")
+    assert first.parameters == {"base": "models/large", "share": 1}
+    assert checkpoint in first.reads
+
+
+def test_other_profiles_never_touch_the_committed_results(project: Path) -> None:
+    (project / "notebooks" / "profiles" / "laptop.yaml").write_text("size: 2")
+    writes = [path for step in plan(project, "laptop") for path in step.writes]
+    assert all(path.is_relative_to(project / "build" / "laptop") for path in writes)
+
+
+def test_paper_compiles_to_equal_bytes(tmp_path: Path) -> None:
+    copy(ROOT / "pyproject.toml", tmp_path / "paper" / "data.toml")
+    (tmp_path / "paper" / "paper.typ").write_text('= Title\n#toml("data.toml").project.name')
+    compile_paper(tmp_path)
+    first = (tmp_path / "paper" / "paper.pdf").read_bytes()
+    compile_paper(tmp_path)
+    assert (tmp_path / "paper" / "paper.pdf").read_bytes() == first
