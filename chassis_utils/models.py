@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from chassis_utils.paths import ROOT
+from chassis_utils.resources import require_memory
 
 HEAD_TOLERANCE = 1e-3  # largest difference between head(state) and the model's logits, per unit of logit scale
 PROBE = "The quick brown fox"
@@ -102,11 +103,13 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = Non
     """Load a frozen model by folder or hub id; `device` is CUDA where there is one unless named.
 
     Raises `ValueError` for a name that is neither, a checkpoint without safetensors or
-    without a tokenizer.json, and a head that does not reproduce the model's own logits.
+    without a tokenizer.json, and a head that does not reproduce the model's own logits;
+    `MemoryError` where the weights do not fit.
     """
     folder = find_folder(name)
     if not sys.stderr.isatty():  # bars have no place in notebooks and logs
         logging.disable_progress_bar()
+    require_memory(sum(file.stat().st_size for file in folder.glob("*.safetensors")), f"the weights of {name!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
     network.requires_grad_(False)

@@ -8,7 +8,6 @@ notebooks running side by side share one pass. Cost: one forward pass per prompt
 n * (depth + 1) * width numbers.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,9 +20,9 @@ from tqdm import tqdm
 from chassis_utils.corpus import content_key
 from chassis_utils.models import LanguageModel
 from chassis_utils.paths import CACHE, write_atomically
+from chassis_utils.resources import require_disk, require_memory
 
 BATCH_TOKENS = 4096  # tokens of one forward pass, padding included
-ROOM = 1.2  # disk space asked for, times the size of what is stored
 
 
 def collect(
@@ -32,7 +31,8 @@ def collect(
     """States [depth + 1, n, width] of each text at its last token, or at token `positions[k]` of text k.
 
     Raises `ValueError` for a text without tokens or longer than the model reads, a
-    position outside its text, states that are not finite, and `OSError` for a full disk.
+    position outside its text, and states that are not finite; `OSError` for a full disk and
+    `MemoryError` for too little memory, both before the pass begins.
     """
     ids = model.encode(texts)
     ends = [len(row) - 1 for row in ids] if positions is None else list(positions)
@@ -42,9 +42,11 @@ def collect(
     stored.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(stored.with_suffix(".lock")):
         if not stored.exists():
+            size = (model.depth + 1) * len(ids) * model.width * model.network.dtype.itemsize
+            require_memory(2 * size, f"the states of {len(ids)} prompts")  # once more while they are written
+            require_disk(size, CACHE, f"the states of {len(ids)} prompts")
             found = _run(model, ids, ends)
             _check_finite(found, texts)
-            _check_room(found)
             write_atomically(stored, save({"states": found}))
     return load_file(stored)["states"]
 
@@ -95,10 +97,3 @@ def _check_finite(found: Float[Tensor, "layers n d"], texts: Sequence[str]) -> N
     if len(bad):
         layer, k = bad[0].tolist()
         raise ValueError(f"state of layer {layer} is not finite for prompt {texts[k][:60]!r}: use float32 or drop it")
-
-
-def _check_room(found: Tensor) -> None:
-    needed = int(found.numel() * found.element_size() * ROOM)
-    free = shutil.disk_usage(CACHE).free
-    if free < needed:
-        raise OSError(f"{needed / 2**20:.0f} MiB are needed in build/cache, {free / 2**20:.0f} are free: make room")

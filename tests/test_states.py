@@ -8,7 +8,7 @@ import torch
 from conftest import VOCABULARY, Build
 from transformers import PhiConfig, PreTrainedModel
 
-from chassis_utils import states
+from chassis_utils import resources, states
 from chassis_utils.models import LanguageModel, load
 from chassis_utils.states import collect
 
@@ -117,10 +117,24 @@ def test_a_prompt_without_tokens_is_refused(build: Build) -> None:
         collect(model, ["Go", ""])
 
 
-def test_a_full_disk_says_how_much_is_needed(
-    tiny_llama_model: LanguageModel, cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("module", "asked", "answer", "error"),
+    [
+        (resources.shutil, "disk_usage", SimpleNamespace(free=0), OSError),
+        (resources.psutil, "virtual_memory", SimpleNamespace(available=0), MemoryError),
+    ],
+)
+def test_too_little_room_says_how_much_is_needed_before_the_pass(
+    tiny_llama_model: LanguageModel,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: object,
+    asked: str,
+    answer: SimpleNamespace,
+    error: type[Exception],
 ) -> None:
-    monkeypatch.setattr(states.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    with pytest.raises(OSError, match=r"\d+ MiB are needed in build/cache, 0 are free: make room"):
+    monkeypatch.setattr(module, asked, lambda *_: answer)
+    monkeypatch.setattr(states, "_run", lambda *_: pytest.fail("the pass has begun"))
+    with pytest.raises(error, match=r"1 MiB of (disk|memory) for the states of \d+ prompts are needed, 0 MiB are free"):
         collect(tiny_llama_model, TEXTS)
     assert not list(cache.glob("*.safetensors"))
