@@ -17,7 +17,7 @@ test: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
-	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-cell-timeout=300 notebooks
+	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-cell-timeout=900 notebooks
 
 lab: install
 	cd notebooks && ../$(BIN)/jupyter lab

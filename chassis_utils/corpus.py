@@ -98,13 +98,22 @@ def read_documents(split: str) -> list[Document]:
     return [document for document in documents if document.split == split]
 
 
+def read_unseen(split: str) -> list[Document]:
+    """The documents of a held-out split none of whose paragraphs occurs in a training document.
+
+    Docstrings borrow paragraphs from each other; what is said to be held out shares none.
+    """
+    known = {part for document in read_documents("train") for part in document.paragraphs}
+    return [document for document in read_documents(split) if not known & document.paragraphs]
+
+
 def package_docstrings(package: str) -> list[str]:
     """Docstrings of `SHORTEST` characters or more in an installed package's source, tests left out."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"package {package!r} is read for its docstrings but is not installed: install it")
     root = Path(spec.origin).parent
-    files = [path for path in sorted(root.rglob("*.py")) if not {"tests", "testing"} & set(path.parts)]
+    files = [path for path in sorted(root.rglob("*.py")) if not {"tests", "testing"} & {*path.relative_to(root).parts}]
     return [text for path in files for text in _file_docstrings(path) if len(text) >= SHORTEST]
 
 

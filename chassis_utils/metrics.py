@@ -5,6 +5,7 @@ log-probabilities; every mean carries its standard error, every KL the KL of the
 base against the same expert, and the share of that gap which was closed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +16,11 @@ from torch import Tensor
 
 def kl_divergence(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
     """KL(expert || other) of each row of logits, nats, float64; constants added to a row change nothing."""
-    log_p, log_q = expert.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
+    return _kl(expert.double().log_softmax(-1), other)
+
+
+def _kl(log_p: Float[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
+    return (log_p.exp() * (log_p - other.double().log_softmax(-1))).sum(-1).clamp_min(0.0)
 
 
 def top_overlap(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"], k: int) -> Float[Tensor, "n"]:
@@ -35,29 +39,53 @@ def l2(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"]) -> F
     return (expert.double() - other.double()).norm(dim=-1)
 
 
-def standard_error(values: Float[Tensor, "n"]) -> float:
-    """Standard error of the mean; NaN for a single value, which has none."""
-    return float(values.std(correction=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+def standard_error(values: Float[Tensor, "n"], groups: Sequence[str] | None = None) -> float:
+    """Standard error of the mean; NaN for a single value, which has none.
+
+    Values of one group (a template, a document) are not independent: with `groups` the error is
+    the cluster-robust one, from the sums of each group's deviations.
+    """
+    deviations = values - values.mean()
+    if groups is not None:
+        number = {group: k for k, group in enumerate(dict.fromkeys(groups))}
+        places = torch.tensor([number[group] for group in groups])
+        deviations = torch.zeros(len(number), dtype=values.dtype).index_add(0, places, deviations)
+    count = len(deviations)
+    if count < 2:
+        return float("nan")
+    return float((deviations.square().sum() * count / (count - 1)).sqrt() / len(values))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An expert and the untouched base on one set of prompts: what every adapter is measured against."""
+    """An expert and the untouched base on one set of prompts: what every adapter is measured against.
+
+    `groups` names each prompt's template or document, where prompts of one are not independent.
+    """
 
     expert: Shaped[Tensor, "n vocab"]
     base: Shaped[Tensor, "n vocab"]
+    groups: Sequence[str] | None = None
+
+    @cached_property
+    def _log_p(self) -> Float[Tensor, "n vocab"]:
+        return self.expert.double().log_softmax(-1)
 
     @cached_property
     def base_kl(self) -> float:
         """Mean KL(expert || base), nats: the scale of every other KL."""
-        return float(kl_divergence(self.expert, self.base).mean())
+        return float(self.kl(self.base).mean())
+
+    def kl(self, adapted: Shaped[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
+        """KL(expert || adapted) of each prompt, nats."""
+        return _kl(self._log_p, adapted)
 
     def row(self, adapted: Shaped[Tensor, "n vocab"], **keys: object) -> dict[str, object]:
         """One evaluation row: `keys`, then the common figures of `adapted` logits."""
-        kl = kl_divergence(self.expert, adapted)
+        kl = self.kl(adapted)
         return keys | {
             "kl": float(kl.mean()),
-            "kl_se": standard_error(kl),
+            "kl_se": standard_error(kl, self.groups),
             "base_kl": self.base_kl,
             "gap_closed": 1 - float(kl.mean()) / self.base_kl if self.base_kl > 0 else float("nan"),
             "top1": float(top_overlap(self.expert, adapted, 1).mean()),

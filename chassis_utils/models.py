@@ -31,7 +31,10 @@ PROBE = "The quick brown fox"
 
 @dataclass(frozen=True)
 class Head:
-    """State after the final norm -> logits: cap(scale (h W^T + b)); scale and cap as in Cohere, Granite, Gemma."""
+    """State after the final norm -> logits: cap(scale (h W^T + b)); scale and cap as in Cohere, Granite, Gemma.
+
+    A model's head is kept on the CPU, where states are collected and regressions are solved.
+    """
 
     weight: Shaped[Tensor, "vocab d"]
     bias: Shaped[Tensor, "vocab"] | None = None
@@ -40,7 +43,15 @@ class Head:
 
     def __call__(self, h: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n vocab"]:
         """Logits in the dtype of the weights; `h` is rounded to it first, as the model does."""
-        z = torch.nn.functional.linear(h.to(self.weight.dtype), self.weight, self.bias) * self.scale
+        return self.finish(self.product(h))
+
+    def product(self, h: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n vocab"]:
+        """The product h W^T + b, where an adapter in vocabulary coordinates is added."""
+        return torch.nn.functional.linear(h.to(self.weight.dtype), self.weight, self.bias)
+
+    def finish(self, product: Shaped[Tensor, "n vocab"]) -> Shaped[Tensor, "n vocab"]:
+        """Scale and cap."""
+        z = product * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def to(self, dtype: torch.dtype) -> "Head":
@@ -109,8 +120,10 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = Non
     folder = find_folder(name)
     if not sys.stderr.isatty():  # bars have no place in notebooks and logs
         logging.disable_progress_bar()
-    require_memory(sum(file.stat().st_size for file in folder.glob("*.safetensors")), f"the weights of {name!r}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = stored * max(1, dtype.itemsize // 2)  # as if stored in half precision: the most it can grow
+    require_memory(size, f"the weights of {name!r}", "use a smaller model or a smaller dtype")
+    device = device or default_device()
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
     network.requires_grad_(False)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -121,13 +134,18 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = Non
     return model
 
 
+def default_device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def find_folder(name: str) -> Path:
     """The folder that holds a checkpoint: local, or the hub's snapshot; checked for what loading needs."""
     path = Path(name) if Path(name).is_absolute() else ROOT / name
     if not path.is_dir():
         try:
             path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
             raise ValueError(
                 f"model {name!r} is neither a folder nor a hub model that can be reached: "
                 "give a folder from the repository root, or a hub id and a network"
@@ -171,16 +189,17 @@ def _head(network: PreTrainedModel) -> Head:
     output = network.get_output_embeddings()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    bias = getattr(output, "bias", None)
-    return Head(output.weight, bias, scale, getattr(config, "final_logit_softcapping", None))
+    bias = None if getattr(output, "bias", None) is None else output.bias.detach().cpu()
+    return Head(output.weight.detach().cpu(), bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.inference_mode()
 def _check_head(model: LanguageModel) -> None:
     ids: Int[Tensor, "1 t"] = torch.tensor(model.encode([PROBE]), device=model.device)
     output = model.network(ids, output_hidden_states=True, use_cache=False)
-    logits: Float[Tensor, "t vocab"] = output.logits[0].float()
-    difference = float((model.head(output.hidden_states[-1][0]).float() - logits).abs().max() / logits.abs().max())
+    logits: Float[Tensor, "t vocab"] = output.logits[0].float().cpu()
+    rebuilt = model.head(output.hidden_states[-1][0].cpu()).float()
+    difference = float((rebuilt - logits).abs().max() / logits.abs().max())
     tolerance = max(HEAD_TOLERANCE, 4 * torch.finfo(model.head.weight.dtype).eps)
     if difference > tolerance:
         raise ValueError(

@@ -250,6 +250,7 @@ def _step(root: Path, profile: str, notebook: Notebook, values: dict[str, Any], 
     chosen = {name: value for name, value in values.items() if name in notebook.parameters}
     settings = {name: parameter.default for name, parameter in notebook.parameters.items()} | chosen
     files = {file for value in settings.values() for file in _input_files(root, value)}
+    files |= {path for path in [root / "constraints.txt"] if path.exists()}  # other versions, other numbers
     return Step(
         notebook=notebook.path,
         code=notebook.code,

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from chassis_utils.corpus import content_key, read_documents
+from chassis_utils.corpus import content_key, read_documents, read_unseen
 from chassis_utils.paths import ROOT
 
 OUTSIDE = "Explain entropy in simple words."  # the one prompt outside the templates of the first study
@@ -26,7 +26,7 @@ PARTS = ("train", "val", "test")
 STANDARD = {"index": "mixed", "template": "templates", "document": "natural"}  # split -> family
 FIRST_INDEX = {"train": 0, "val": 5000, "test": 8000}
 LAST_INDEX = {"train": 5000, "val": 8000, "test": 1_000_000}
-BLOCK = 256  # consecutive indices of one group
+BLOCK = 64  # consecutive indices of one group
 CONTEXT = (32, 160)  # characters of a natural prompt
 
 Template = Callable[[int], str]
@@ -123,10 +123,16 @@ def fold_numbers(prompts: list[Prompt], folds: int = 5) -> list[int]:
     """
     groups = sorted({prompt.group for prompt in prompts})
     if len(groups) < 2:
-        raise ValueError(f"all {len(prompts)} prompts belong to one group, so nothing can be held out: mix templates")
+        raise ValueError(f"all {len(prompts)} prompts belong to one group, so nothing can be held out: use more")
     count = len(groups) if len(groups) <= 2 * folds else folds
     number = {group: k % count for k, group in enumerate(groups)}
     return [number[prompt.group] for prompt in prompts]
+
+
+def groups(prompts: list[Prompt]) -> list[str] | None:
+    """The templates or documents of the prompts, for clustered standard errors; None for blocks of numbers."""
+    names = [prompt.group for prompt in prompts]
+    return None if names[0].startswith("block ") else names
 
 
 def texts(prompts: list[Prompt]) -> list[str]:
@@ -158,7 +164,7 @@ def _render(templates: dict[str, Template], i: int, split: str) -> Prompt:
 
 
 def _natural(part: str, n: int, seed: int) -> list[Prompt]:
-    documents = read_documents(part)
+    documents = read_documents(part) if part == "train" else read_unseen(part)
     rng = random.Random(f"{part} {seed}")  # a string seeds the same on every platform
     order = rng.sample(range(len(documents)), len(documents))
     found: list[Prompt] = []

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from chassis_utils.moments import Moments, merge
 
-RELATIVE_RIDGES = tuple(10.0**k for k in range(-9, 3))  # times the mean eigenvalue of the Gram matrix
+ROUNDING = 1e-12  # of the targets' variance: errors closer than this are equal
+RELATIVE_RIDGES = tuple(10.0 ** (k / 2) for k in range(-18, 5))  # times the mean eigenvalue of the Gram matrix
 
 
 @dataclass(frozen=True)
@@ -115,21 +116,39 @@ def choose_penalty(
 ) -> tuple[float, dict[float, float]]:
     """The penalty with the least K-fold error, and the held-out error per sample of each candidate.
 
-    Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix. Ridge is
-    solved for all of them from one eigendecomposition a fold.
+    Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix. Among errors
+    that differ by rounding alone the largest penalty is taken, so that an exactly linear target
+    does not leave the choice to noise.
     """
     whole = merge(folds)
-    candidates = [factor * mean_eigenvalue(whole) for factor in relative]
-    errors = dict.fromkeys(candidates, 0.0)
-    for fold in folds:
-        rest = whole - fold
-        values, vectors = torch.linalg.eigh(rest.xx_centred)
-        rotated = vectors.T @ rest.xy_centred
-        for penalty in candidates:
-            weight = vectors @ (rotated / (values.clamp_min(0.0) + penalty)[:, None])
-            fitted = LinearMap(weight, rest.y_mean - rest.x_mean @ weight)
-            errors[penalty] += float(squared_error(fold, fitted, metric) / whole.n)
-    return min(errors, key=errors.__getitem__), errors
+    metric = torch.eye(len(whole.y_sum), dtype=torch.float64) if metric is None else metric
+    unit = mean_eigenvalue(whole) or 1.0  # constant inputs: any penalty gives the mean
+    candidates = torch.tensor([factor * unit for factor in relative], dtype=torch.float64)
+    held_out = [_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds]
+    errors = torch.stack(held_out).sum(0) / whole.n
+    rounding = ROUNDING * float((whole.yy_centred * metric).sum() / whole.n)
+    best = float(candidates[errors <= errors.min() + rounding].max())
+    return best, dict(zip(candidates.tolist(), errors.tolist(), strict=True))
+
+
+def _held_out_errors(
+    rest: Moments, fold: Moments, penalties: Float64[Tensor, "k"], metric: Float64[Tensor, "d_y d_y"]
+) -> Float64[Tensor, "k"]:
+    """Squared error on `fold` of ridge fitted to `rest`, for each penalty, from one eigendecomposition.
+
+    About the means of `rest`, with its Gram matrix V diag(g) V^T and R = V^T C, the fit is V diag(w) R
+    with w = 1 / (g + penalty), so the error is a quadratic form in w: d^2 for each penalty.
+    """
+    values, vectors = torch.linalg.eigh(rest.xx_centred)
+    rotated = vectors.T @ rest.xy_centred
+    x_off, y_off = fold.x_sum - fold.n * rest.x_mean, fold.y_sum - fold.n * rest.y_mean
+    xx = fold.xx_centred + torch.outer(x_off, x_off) / fold.n
+    xy = fold.xy_centred + torch.outer(x_off, y_off) / fold.n
+    yy = fold.yy_centred + torch.outer(y_off, y_off) / fold.n
+    linear = ((vectors.T @ xy @ metric) * rotated).sum(1)
+    quadratic = (vectors.T @ xx @ vectors) * (rotated @ metric @ rotated.T)
+    weights = 1 / (values.clamp_min(0.0) + penalties[:, None])
+    return (yy * metric).sum() - 2 * weights @ linear + ((weights @ quadratic) * weights).sum(1)
 
 
 def vocabulary_metric(

@@ -9,6 +9,7 @@ n * (depth + 1) * width numbers.
 """
 
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 
 import torch
 from filelock import FileLock
@@ -22,6 +23,7 @@ from chassis_utils.models import LanguageModel
 from chassis_utils.paths import CACHE, write_atomically
 from chassis_utils.resources import require_disk, require_memory
 
+FORMAT = 1  # raised whenever the same inputs give other states
 BATCH_TOKENS = 4096  # tokens of one forward pass, padding included
 
 
@@ -37,13 +39,15 @@ def collect(
     ids = model.encode(texts)
     ends = [len(row) - 1 for row in ids] if positions is None else list(positions)
     _check(model, texts, ids, ends)
-    key = content_key(f"{model.fingerprint} {model.network.dtype} {ids} {ends}")
+    made_by = f"{FORMAT} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
+    key = content_key(f"{made_by} {ids} {ends}")
     stored = CACHE / f"states-{key}.safetensors"
     stored.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(stored.with_suffix(".lock")):
         if not stored.exists():
             size = (model.depth + 1) * len(ids) * model.width * model.network.dtype.itemsize
-            require_memory(2 * size, f"the states of {len(ids)} prompts")  # once more while they are written
+            remedy = "use fewer prompts or a smaller model"
+            require_memory(2 * size, f"the states of {len(ids)} prompts", remedy)  # once more while they are written
             require_disk(size, CACHE, f"the states of {len(ids)} prompts")
             found = _run(model, ids, ends)
             _check_finite(found, texts)

@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
-from chassis_utils.corpus import read_documents
-from chassis_utils.paths import BUILD, MODELS
+from chassis_utils.corpus import content_key, read_documents
+from chassis_utils.models import fingerprint
+from chassis_utils.paths import BUILD, MODELS, write_atomically
 from checkpoint_card import write_checkpoint
 from generated_text import arithmetic, explanations
 from muon import Muon
@@ -52,7 +53,7 @@ RECIPES = {
     "port-llama": Recipe(steps=1150, seed=1, arithmetic_share=0.05, explanation_share=0.03, rate=6e-3),
     "expert-phi": Recipe(steps=850, seed=2, arithmetic_share=0.05, explanation_share=0.03, rate=6e-3),
     "sibling-math": Recipe(
-        steps=150, seed=3, arithmetic_share=0.75, explanation_share=0.05, rate=2e-3, start="port-llama"
+        steps=100, seed=3, arithmetic_share=0.75, explanation_share=0.05, rate=2e-3, start="port-llama"
     ),
 }
 
@@ -152,70 +153,85 @@ def optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimize
 
 def train(name: str) -> None:
     """Train to the end, resuming from stored state, then write the checkpoint and its card."""
-    recipe, tokenizer = RECIPES[name], tokenizer_for(name)
-    rows = windows(name, tokenizer)
-    model = new_model(name)
+    recipe, rows = RECIPES[name], windows(name, tokenizer_for(name))
+    model, made_from = new_model(name), repr(recipe)
     if recipe.start:
-        model.load_state_dict(type(model).from_pretrained(MODELS / recipe.start, dtype=torch.float32).state_dict())
-    steppers = optimizers(model, recipe.rate)
-    folder = BUILD / "training" / name
-    first, seconds = _restore(folder, model, steppers)
-    model.train()
+        start = MODELS / recipe.start
+        model.load_state_dict(type(model).from_pretrained(start, dtype=torch.float32).state_dict())
+        made_from += fingerprint(start)
+    run = Run(BUILD / "training" / name, content_key(made_from), model, optimizers(model, recipe.rate))
+    step, seconds = run.restore()
     begin = time.perf_counter() - seconds
+    model.train()
     average = float("nan")
-    for step in range(first, recipe.steps):
-        share = min(1.0, (step + 1) / WARM_UP) * (1 - step / recipe.steps)
-        batch = rows[step * BATCH : (step + 1) * BATCH]
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            for group in stepper.param_groups:
-                group["lr"] = recipe.rate * share
-            stepper.step()
-            stepper.zero_grad(set_to_none=True)
-        average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
-        if (step + 1) % 10 == 0:
-            seconds = time.perf_counter() - begin
-            print(f"{name} step {step + 1}/{recipe.steps} loss {average:.4f} nats/token, {seconds:.0f} s", flush=True)
-        if (step + 1) % STORE_EVERY == 0:
-            _store(folder, model, steppers, step + 1, seconds)
+    while step < recipe.steps:
+        loss = run.step(rows[step * BATCH : (step + 1) * BATCH], rate_at(step, recipe))
+        average = loss if math.isnan(average) else 0.98 * average + 0.02 * loss
+        step, seconds = step + 1, time.perf_counter() - begin
+        if step % 10 == 0:
+            print(f"{name} step {step}/{recipe.steps} loss {average:.4f} nats/token, {seconds:.0f} s", flush=True)
+        if step % STORE_EVERY == 0:
+            run.store(step, seconds)
     tokens = recipe.steps * BATCH * SEQUENCE
-    seconds = time.perf_counter() - begin
     write_checkpoint(name, model.eval(), tokens=tokens, seconds=seconds, threads=torch.get_num_threads())
 
 
-def _store(
-    folder: Path, model: PreTrainedModel, steppers: list[torch.optim.Optimizer], step: int, seconds: float
-) -> None:
-    """Write weights and optimizer states; the progress file goes last and names the pair."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{n}": t.contiguous() for n, t in model.state_dict().items()}
-    for i, stepper in enumerate(steppers):
-        for k, state in stepper.state_dict()["state"].items():
-            tensors |= {f"stepper.{i}.{k}.{key}": value.contiguous() for key, value in state.items()}
-    save_file(tensors, folder / f"{step}.safetensors")
-    (folder / "progress.json").write_text(json.dumps({"step": step, "seconds": seconds}))
-    for old in folder.glob("*.safetensors"):
-        if old.stem != str(step):
-            old.unlink()
+def rate_at(step: int, recipe: Recipe) -> float:
+    """Learning rate: up over `WARM_UP` steps, down linearly to zero at the end."""
+    return recipe.rate * min(1.0, (step + 1) / WARM_UP) * (1 - step / recipe.steps)
 
 
-def _restore(folder: Path, model: PreTrainedModel, steppers: list[torch.optim.Optimizer]) -> tuple[int, float]:
-    """Load the newest stored state; returns (steps done, seconds spent), zeros where there is none."""
-    if not (folder / "progress.json").exists():
-        return 0, 0.0
-    progress = json.loads((folder / "progress.json").read_text())
-    tensors = load_file(folder / f"{progress['step']}.safetensors")
-    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
-    for i, stepper in enumerate(steppers):
-        whole = stepper.state_dict()
-        for name, tensor in tensors.items():
-            if name.startswith(f"stepper.{i}."):
-                _, _, k, key = name.split(".")
-                whole["state"].setdefault(int(k), {})[key] = tensor
-        stepper.load_state_dict(whole)
-    return progress["step"], progress["seconds"]
+@dataclass(frozen=True)
+class Run:
+    """A model in training, its optimizers, and the folder that an interrupted run resumes from."""
+
+    folder: Path
+    recipe: str  # hash of what decides the result: a stored state of another recipe is not resumed
+    model: PreTrainedModel
+    steppers: list[torch.optim.Optimizer]
+
+    def step(self, batch: torch.Tensor, rate: float) -> float:
+        """One update on a batch of windows; returns its loss in nats per token."""
+        loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for stepper in self.steppers:
+            for group in stepper.param_groups:
+                group["lr"] = rate
+            stepper.step()
+            stepper.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def store(self, step: int, seconds: float) -> None:
+        """Write weights and optimizer states; the progress file goes last and names them."""
+        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        for i, stepper in enumerate(self.steppers):
+            for k, state in stepper.state_dict()["state"].items():
+                tensors |= {f"stepper.{i}.{k}.{key}": value.contiguous() for key, value in state.items()}
+        write_atomically(self.folder / f"{step}.safetensors", save(tensors))
+        progress = {"step": step, "seconds": seconds, "recipe": self.recipe}
+        write_atomically(self.folder / "progress.json", json.dumps(progress))
+        for old in self.folder.glob("*.safetensors"):
+            if old.stem != str(step):
+                old.unlink()
+
+    def restore(self) -> tuple[int, float]:
+        """Load the newest stored state of this recipe; returns (steps done, seconds spent), else zeros."""
+        file = self.folder / "progress.json"
+        progress = json.loads(file.read_text()) if file.exists() else {"recipe": None}
+        if progress["recipe"] != self.recipe:
+            return 0, 0.0
+        tensors = load_file(self.folder / f"{progress['step']}.safetensors")
+        weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+        self.model.load_state_dict(weights)
+        for i, stepper in enumerate(self.steppers):
+            whole = stepper.state_dict()
+            for name, tensor in tensors.items():
+                if name.startswith(f"stepper.{i}."):
+                    k, key = name.split(".")[2:]
+                    whole["state"].setdefault(int(k), {})[key] = tensor
+            stepper.load_state_dict(whole)
+        return progress["step"], progress["seconds"]
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ def _git(*arguments: str) -> str:
 def main() -> None:
     """Compare every committed table."""
     names = [name for name in _git("ls-tree", "--name-only", "HEAD", "paper/tables/").split() if name.endswith(".csv")]
+    if not names:
+        sys.exit("no committed tables to compare with: commit paper/tables")
     failures = []
     for name in names:
         new, stored = pd.read_csv(ROOT / name), pd.read_csv(StringIO(_git("show", f"HEAD:{name}")))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chassis_utils import corpus
-from chassis_utils.corpus import SHORTEST, Document, package_docstrings, read_documents
+from chassis_utils.corpus import SHORTEST, Document, package_docstrings, read_documents, read_unseen
 
 
 def test_no_document_is_met_twice(documents: dict[str, list[Document]]) -> None:
@@ -67,3 +67,12 @@ def test_a_missing_package_is_named() -> None:
 def test_an_unknown_side_is_refused() -> None:
     with pytest.raises(ValueError, match="split 'dev' is unknown: use one of train, val, test"):
         read_documents("dev")
+
+
+def test_unseen_documents_share_no_paragraph_with_training(documents: dict[str, list[Document]]) -> None:
+    training = {part for document in documents["train"] for part in document.paragraphs}
+    unseen = read_unseen("test")
+    assert unseen
+    assert not any(training & document.paragraphs for document in unseen)
+    left_out = {document.key for document in documents["test"]} - {document.key for document in unseen}
+    assert all(training & document.paragraphs for document in documents["test"] if document.key in left_out)

@@ -55,6 +55,17 @@ def test_standard_error_is_that_of_scipy(values: np.ndarray) -> None:
     assert standard_error(torch.from_numpy(values)) == pytest.approx(scipy.stats.sem(values), abs=1e-12)
 
 
+@given(arrays(np.float64, st.integers(2, 12), elements=st.floats(-1e3, 1e3)), st.integers(1, 5))
+def test_repeating_each_observation_in_its_group_leaves_the_clustered_error(values: np.ndarray, copies: int) -> None:
+    repeated = torch.from_numpy(np.repeat(values, copies))
+    groups = [f"document {k}" for k in range(len(values)) for _ in range(copies)]
+    assert standard_error(repeated, groups) == pytest.approx(scipy.stats.sem(values), abs=1e-9)
+
+
+def test_values_of_one_group_are_one_observation_and_have_no_error() -> None:
+    assert math.isnan(standard_error(torch.tensor([1.0, 2.0, 3.0]), ["a", "a", "a"]))
+
+
 def test_a_single_value_has_no_standard_error() -> None:
     assert math.isnan(standard_error(torch.tensor([1.0])))
 

@@ -7,9 +7,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 from conftest import VOCABULARY, Build, tiny_llama
+from tokenizers import Tokenizer
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, HyperCLOVAXConfig, PhiConfig, PretrainedConfig
 
 from chassis_utils.models import Head, LanguageModel, describe, find_folder, fingerprint, load
+from chassis_utils.paths import ROOT
 
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -110,3 +112,14 @@ def test_a_checkpoint_with_something_missing_says_what(files: list[str], sentenc
         (tmp_path / name).touch()
     with pytest.raises(ValueError, match=sentence):
         find_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["tinyllama", "phi2", "gpt2"])
+def test_real_tokenizers_return_every_space_and_newline(name: str) -> None:
+    path = ROOT.parent / "shared" / "tokenizers" / name / "tokenizer.json"
+    if not path.is_file():
+        pytest.skip("the shared tokenizers are not beside this repository")
+    tokenizer = Tokenizer.from_file(str(path))
+    for text in ("plain", " leading", "two  spaces", "trailing ", "line\nbreak\n\n", "\ttab", "naïve 🙂"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text

@@ -44,6 +44,7 @@ WRITTEN = {  # family: index -> prompt, copied from the studies by hand
 def corpus(documents: dict[str, list[Document]], monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Document]]:
     """The real corpus, read once for all tests."""
     monkeypatch.setattr(prompts, "read_documents", documents.__getitem__)
+    monkeypatch.setattr(prompts, "read_unseen", documents.__getitem__)
     return documents
 
 
@@ -181,6 +182,6 @@ def test_what_holds_nothing_out_or_is_unknown_is_refused(arguments: tuple[str, s
 
 
 def test_more_natural_text_than_there_is_cannot_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "read_documents", lambda part: [Document("too short to be cut")])
+    monkeypatch.setattr(prompts, "read_unseen", lambda part: [Document("too short to be cut")])
     with pytest.raises(ValueError, match="too little text for 3 natural prompts of part 'val': ask for fewer"):
         take("natural", "document", "val", 3)

@@ -198,6 +198,23 @@ def test_k_fold_by_subtraction_is_refitting_without_each_fold(seed: int, count: 
     assert chosen == min(refitted, key=refitted.__getitem__)
 
 
+def test_an_exactly_linear_target_takes_the_largest_penalty_that_costs_nothing_but_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, m = torch.randn(60, 4, generator=generator), torch.randn(4, 3, generator=generator)
+    chosen, errors = choose_penalty(by_fold(x, x @ m, [k % 3 for k in range(60)]))
+    least = min(errors.values())
+    assert chosen > min(errors)
+    assert errors[chosen] - least < 1e-9
+    assert all(error - least > errors[chosen] - least for penalty, error in errors.items() if penalty > chosen)
+
+
+def test_constant_inputs_predict_the_mean() -> None:
+    x, y = torch.ones(8, 2), torch.arange(16.0).view(8, 2)
+    chosen, _ = choose_penalty(by_fold(x, y, [0, 1] * 4))
+    fitted = ridge(merge(by_fold(x, y, [0, 1] * 4)), chosen)
+    torch.testing.assert_close(fitted(x), y.double().mean(0).expand(8, 2))
+
+
 def test_the_vocabulary_metric_is_its_definition() -> None:
     unembedding = torch.from_numpy(np.random.default_rng(0).normal(size=(30, 6)))
     p = torch.from_numpy(np.random.default_rng(1).dirichlet(np.ones(30)))
