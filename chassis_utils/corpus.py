@@ -76,7 +76,7 @@ def content_key(text: str) -> str:
 
 def package_versions() -> dict[str, str]:
     """Installed version of every package whose docstrings are read."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {name: importlib.metadata.version(name).partition("+")[0] for name in PACKAGES}  # no "+cpu"
 
 
 def read_documents(split: str) -> list[Document]:

@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,14 +95,17 @@ def new_model(name: str) -> PreTrainedModel:
 
 
 def tokenizer_for(name: str) -> Tokenizer:
-    """The recipe's tokenizer; trained on the corpus where `models/<name>` has none yet."""
-    shipped = MODELS / (RECIPES[name].start or name) / "tokenizer.json"
+    """The tokenizer in `models/<name>`; where there is none, that of the start, or one trained on the corpus."""
+    shipped, start = MODELS / name / "tokenizer.json", RECIPES[name].start
     if not shipped.exists():
-        texts = [document.text for document in read_documents("train")]
-        texts += [arithmetic(random.Random(n)) for n in range(300)]
-        trained = byte_level_bpe(texts, 5120) if name == "expert-phi" else sentencepiece_bpe(texts, 4096)
         shipped.parent.mkdir(parents=True, exist_ok=True)
-        trained.save(str(shipped))
+        if start:
+            shutil.copy(MODELS / start / "tokenizer.json", shipped)
+        else:
+            texts = [document.text for document in read_documents("train")]
+            texts += [arithmetic(random.Random(n)) for n in range(300)]
+            train_bpe, size = (byte_level_bpe, 5120) if name == "expert-phi" else (sentencepiece_bpe, 4096)
+            train_bpe(texts, size).save(str(shipped))
     return Tokenizer.from_file(str(shipped))
 
 

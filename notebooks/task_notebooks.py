@@ -6,12 +6,17 @@ The profile is the environment variable PROFILE.
 
 import json
 import os
+import sys
 from pathlib import Path
 
+import cloudpickle
 from pytask import PythonNode, task
 
 from chassis_utils.paths import ROOT
 from chassis_utils.pipeline import PAPER_PROFILE, Step, compile_paper, plan, run_notebook
+
+# Workers cannot import a task file: pytask names it by its path.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 PROFILE = os.environ.get("PROFILE", PAPER_PROFILE)
 STEPS = plan(ROOT, PROFILE)
