@@ -5,10 +5,12 @@ log-probabilities; every mean carries its standard error, every KL the KL of the
 base against the same expert, and the share of that gap which was closed.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -80,9 +82,11 @@ class Reference:
         """KL(expert || adapted) of each prompt, nats."""
         return _kl(self._log_p, adapted)
 
-    def row(self, adapted: Shaped[Tensor, "n vocab"], **keys: object) -> dict[str, object]:
-        """One evaluation row: `keys`, then the common figures of `adapted` logits."""
-        kl = self.kl(adapted)
+    def row(
+        self, adapted: Shaped[Tensor, "n vocab"], kl: Float[Tensor, "n"] | None = None, **keys: object
+    ) -> dict[str, object]:
+        """One evaluation row: `keys`, then the common figures of `adapted` logits; `kl` where it is known."""
+        kl = self.kl(adapted) if kl is None else kl
         return keys | {
             "kl": float(kl.mean()),
             "kl_se": standard_error(kl, self.groups),
@@ -92,3 +96,19 @@ class Reference:
             "top5_overlap": float(top_overlap(self.expert, adapted, 5).mean()),
             "n_prompts": len(kl),
         }
+
+
+def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Evaluation rows averaged over `seed`: rows that agree in all other settings become one.
+
+    Settings are the columns left of `kl`. The standard error joins the seeds' own (of their mean) with
+    that of the prompts, averaged over the seeds because they share the prompts; `n_seeds` counts them.
+    """
+    settings = [column for column in rows.columns[: list(rows).index("kl")] if column != "seed"]
+    found = []
+    for key, group in rows.groupby(settings, sort=False, dropna=False):
+        between = group["kl"].to_numpy().std(ddof=1) / len(group) ** 0.5 if len(group) > 1 else 0.0
+        row = dict(zip(settings, key, strict=True)) | group.drop(columns=[*settings, "seed"]).mean().to_dict()
+        row["kl_se"] = math.hypot(group["kl_se"].to_numpy().mean(), between)
+        found.append(row | {"n_prompts": int(group["n_prompts"].iloc[0]), "n_seeds": len(group)})
+    return pd.DataFrame(found)

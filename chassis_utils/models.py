@@ -41,6 +41,15 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of everything the head is: equal exactly where adapters may be exchanged."""
+        digest = hashlib.sha256(repr((self.scale, self.softcap, self.weight.dtype, self.weight.shape)).encode())
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
     def __call__(self, h: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n vocab"]:
         """Logits in the dtype of the weights; `h` is rounded to it first, as the model does."""
         return self.finish(self.product(h))
@@ -79,6 +88,18 @@ class LanguageModel:
     def depth(self) -> int:
         """Number of blocks; states are numbered 0 (embeddings) to `depth` (after the final norm)."""
         return self.network.config.num_hidden_layers
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        """The transformer blocks; block l reads the states of layer l."""
+        children = self.network.base_model.children()
+        return next(m for m in children if isinstance(m, torch.nn.ModuleList) and len(m) == self.depth)
+
+    @property
+    def final_norm(self) -> torch.nn.Module:
+        """The norm between the last block and the head: the one child of the base that holds only vectors."""
+        children = self.network.base_model.children()
+        return next(m for m in children if (found := [*m.parameters()]) and all(p.ndim == 1 for p in found))
 
     @cached_property
     def parameters(self) -> int:

@@ -131,6 +131,29 @@ def choose_penalty(
     return best, dict(zip(candidates.tolist(), errors.tolist(), strict=True))
 
 
+def choose_rank(
+    folds: Sequence[Moments],
+    penalty: float,
+    metric: Float64[Tensor, "d_y d_y"] | None = None,
+    ranks: Sequence[int] | None = None,
+) -> tuple[int, dict[int, float]]:
+    """The rank with the least K-fold error under `metric`, and the held-out error per sample of each.
+
+    Among errors that differ by rounding alone the smallest rank is taken. All ranks unless given.
+    """
+    whole = merge(folds)
+    paths = [reduced_rank(whole - fold, penalty, metric) for fold in folds]
+    ranks = range(len(paths[0].singular_values) + 1) if ranks is None else ranks
+    errors = {
+        rank: sum(float(squared_error(fold, path.at(rank), metric)) for fold, path in zip(folds, paths, strict=True))
+        / float(whole.n)
+        for rank in ranks
+    }
+    variance = whole.yy_centred.trace() if metric is None else (whole.yy_centred * metric).sum()
+    rounding = ROUNDING * float(variance / whole.n)
+    return min(rank for rank, error in errors.items() if error <= min(errors.values()) + rounding), errors
+
+
 def _held_out_errors(
     rest: Moments, fold: Moments, penalties: Float64[Tensor, "k"], metric: Float64[Tensor, "d_y d_y"]
 ) -> Float64[Tensor, "k"]:

@@ -4,21 +4,26 @@ Each docstring names the flaw and the function to use instead. Nothing else in t
 depends on this module.
 """
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float64, Int, Shaped
 from torch import Tensor
 
-from chassis_utils.regression import LinearMap, solve_symmetric
+from chassis_utils.adapters import Adapter
+from chassis_utils.models import Head
+from chassis_utils.regression import LinearMap, RankPath, solve_symmetric
 
 RIDGE = 1e-3  # added to the Gram matrix of every fit of the first study, never chosen
+KEPT = 2048 / 32000  # share of the vocabulary that method A edits
 
 
 def layer_lens(h: Shaped[Tensor, "n d"], logits: Shaped[Tensor, "n vocab"]) -> LinearMap:
     """Centred ridge from the states of one layer to the expert's logits, lambda 1e-3.
 
-    Flaw: the penalty is nothing against the Gram matrix, so directions that three templates
-    leave almost empty get huge weights. Use `lenses.fit_lens`, whose penalty is chosen on
-    held-out groups and whose systems are d x d.
+    Flaw: fitted to three templates it knows nothing of other text, and the penalty, never
+    chosen, is nothing against the Gram matrix. Use `lenses.fit_lens` on varied text, whose
+    penalty is chosen on held-out groups and whose systems are d x d.
     """
     x, y = h.double(), logits.double()
     return _ridge(x, y)
@@ -40,6 +45,82 @@ def random_basis(width: int, k: int, seed: int = 0) -> Float64[Tensor, "d k"]:
     """An orthonormal basis of a random k-dimensional subspace."""
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(width, k, generator=generator, dtype=torch.float64)).Q
+
+
+@dataclass(frozen=True)
+class MethodA:
+    """The final-layer lens adapter of every rank: ((h U_r) S_r) V_r^T + d on some of the logits."""
+
+    path: RankPath  # of the map from states to the changes of those logits
+    columns: Int[Tensor, "k"]
+    head: Head
+
+    def at(self, rank: int) -> Adapter:
+        """The adapter of one rank, in vocabulary coordinates, zero for all other tokens."""
+        part = self.path.at(rank)
+        vocabulary = len(self.head.weight)
+        up = torch.zeros(vocabulary, rank, dtype=torch.float64).index_copy(0, self.columns, self.path.right[:, :rank])
+        shift = torch.zeros(vocabulary, dtype=torch.float64).index_copy(0, self.columns, part.bias)
+        return Adapter("vocabulary", self.path.left[:, :rank], up, shift, self.head.fingerprint)
+
+
+def method_a(
+    h: Shaped[Tensor, "n d"],
+    logits: Shaped[Tensor, "n vocab"],
+    head: Head,
+    columns: Int[Tensor, "k"] | None = None,
+) -> MethodA:
+    """Lens by ridge; the columns of largest norm; ridge from h to lens minus head there; plain SVD.
+
+    On a middle layer, as in the study, `head` reads the state without the final norm.
+    Flaws: two ridges where one would do; only 6.4 percent of the logits are edited, and those of
+    largest norm belong to rare tokens; the SVD is truncated in the wrong norm; the intercept stays
+    that of full rank, so truncation moves the mean. Use `adapters.fit_path`.
+    """
+    lens = layer_lens(h, logits)
+    columns = largest_columns(lens) if columns is None else columns
+    change = lens(h)[:, columns] - head(h)[:, columns].double()
+    return MethodA(truncated_ridge(h, change), columns, head)
+
+
+def largest_columns(lens: LinearMap) -> Int[Tensor, "k"]:
+    """The tokens whose columns of a lens have the largest norm: `KEPT` of the vocabulary."""
+    count = max(1, round(KEPT * lens.weight.shape[1]))
+    return lens.weight.norm(dim=0).topk(count).indices
+
+
+def truncated_ridge(x: Shaped[Tensor, "n p"], y: Shaped[Tensor, "n q"]) -> RankPath:
+    """Ridge, then the plain singular value decomposition of its weight; the intercept of full rank for all ranks.
+
+    Flaws: see `method_a`. Use `regression.reduced_rank`.
+    """
+    fit = _ridge(x.double(), y.double())
+    u, s, vt = torch.linalg.svd(fit.weight, full_matrices=False)
+    return RankPath(u * s, vt.T, s, torch.zeros_like(fit.weight[:, 0]), fit.bias)
+
+
+def hidden_to_hidden(h: Shaped[Tensor, "n d"], expert: Shaped[Tensor, "n d"]) -> RankPath:
+    """Method B: the truncated ridge A_r from h to h_e, applied as h + h A_r + b.
+
+    Flaw: A is already the identity plus the edit, so h is counted twice. Use
+    `adapters.fit_path`, which fits the edit h_e - h.
+    """
+    return truncated_ridge(h, expert)
+
+
+def as_state_edit(adapter: Adapter, head: Head, inverse: bool = False) -> Adapter:
+    """Changes of some logits as an edit of the state, by the transpose of their rows of the head.
+
+    Flaw: the transpose is no inverse, it scales the edit by the squared singular values of
+    those rows. `inverse` takes the pseudo-inverse instead. Where blocks follow, both take the
+    state for the last one: use `intervention.pull_back`.
+    """
+    kept = (adapter.up != 0).any(1) | (adapter.shift != 0)
+    w = head.weight[kept].double()
+    factors = w.T @ torch.cat([adapter.up[kept], adapter.shift[kept, None]], dim=1)
+    if inverse:
+        factors = solve_symmetric(w.T @ w, factors)
+    return Adapter("state", adapter.down, factors[:, :-1], factors[:, -1], adapter.head)
 
 
 def _ridge(x: Float64[Tensor, "n p"], y: Float64[Tensor, "n q"]) -> LinearMap:

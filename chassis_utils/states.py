@@ -68,8 +68,8 @@ def _check(model: LanguageModel, texts: Sequence[str], ids: list[list[int]], end
             raise ValueError(f"position {end} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
 
 
-def _batches(ids: list[list[int]]) -> Iterator[list[int]]:
-    """Prompt numbers of each batch: similar lengths together, within `BATCH_TOKENS`."""
+def batches(ids: list[list[int]]) -> Iterator[list[int]]:
+    """Numbers of the prompts of each batch: similar lengths together, within `BATCH_TOKENS` tokens."""
     batch: list[int] = []
     for k in sorted(range(len(ids)), key=lambda k: len(ids[k])):
         if batch and len(ids[k]) * (len(batch) + 1) > BATCH_TOKENS:
@@ -83,7 +83,7 @@ def _batches(ids: list[list[int]]) -> Iterator[list[int]]:
 def _run(model: LanguageModel, ids: list[list[int]], ends: list[int]) -> Float[Tensor, "layers n d"]:
     found = torch.empty(model.depth + 1, len(ids), model.width, dtype=model.network.dtype)
     with tqdm(total=len(ids), desc=f"states of {model.name}", disable=None, leave=False) as bar:
-        for batch in _batches(ids):
+        for batch in batches(ids):
             longest = max(len(ids[k]) for k in batch)
             padded = torch.tensor([ids[k] + [0] * (longest - len(ids[k])) for k in batch], device=model.device)
             mask = torch.tensor([[1] * len(ids[k]) + [0] * (longest - len(ids[k])) for k in batch], device=model.device)
