@@ -4,10 +4,12 @@
 shares its head: the expert of both earlier studies, with its strength s set by effect.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64, Shaped
+from scipy.optimize import brentq
 from torch import Tensor
 
 from chassis_utils.metrics import kl_divergence
@@ -45,7 +47,7 @@ class SyntheticExpert:
     def with_effect(self, kl: float, head: Head, h: Shaped[Tensor, "n d"]) -> "SyntheticExpert":
         """The same expert with the strength at which KL(expert || base) is `kl` nats on `h`.
 
-        The strength is bracketed by doubling and found by bisection to 1 part in a thousand.
+        The strength is bracketed by doubling and found by Brent's method to 1 part in ten thousand.
         Raises `ValueError` for an effect that no strength has.
         """
         base = head(h)
@@ -54,16 +56,27 @@ class SyntheticExpert:
             low, high = high, 2 * high
             if high > STRONGEST:
                 raise ValueError(f"no strength of this expert reaches {kl} nats: ask for less, or raise its rank")
-        while high - low > 1e-3 * high:
-            middle = (low + high) / 2
-            low, high = (middle, high) if self._effect(middle, head, h, base) < kl else (low, middle)
-        return replace(self, strength=high)
+        strength = brentq(lambda tried: self._effect(tried, head, h, base) - kl, low, high, rtol=1e-4, xtol=1e-9)
+        return replace(self, strength=strength)
 
     def _effect(self, strength: float, head: Head, h: Tensor, base: Tensor) -> float:
         expert = head(replace(self, strength=strength).states(h))
         return float(kl_divergence(expert, base).mean())
 
 
+def cast(
+    head: Head, h: Shaped[Tensor, "n d"], rank: int, edits: Sequence[float], seeds: Sequence[int]
+) -> dict[tuple[float, int], SyntheticExpert]:
+    """One expert for each effect (nats on states `h`) and seed, by (effect, seed)."""
+    drawn = {seed: SyntheticExpert.draw(h.shape[1], rank, seed) for seed in seeds}
+    return {(edit, seed): drawn[seed].with_effect(edit, head, h) for edit in edits for seed in seeds}
+
+
 def scaled_rank(width: int, rank: int = 64, original_width: int = 2048) -> int:
     """A rank of the first study (of width 2048) as the same fraction of another width, at least 1."""
     return max(1, round(rank * width / original_width))
+
+
+def scaled_layer(depth: int, layer: int, original_depth: int = 22) -> int:
+    """A layer of the first study (of 22) at the same fraction of another depth."""
+    return round(layer * depth / original_depth)
