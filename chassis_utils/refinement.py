@@ -5,18 +5,21 @@ size, so the rate must be small beside the factor's own entries: `relative` rate
 units of each factor's root mean square. A Gauss-Newton step replaces the mean KL by its
 quadratic model at the current adapter q, whose curvature K = E[W^T (diag q - q q^T) W] and
 targets h_e = edit + s K^-1 W^T (p - q) make it one more reduced-rank regression; the step
-length s is searched on the training KL. Both stop where prompts kept out of the steps say so.
+length s is searched on the training KL. Prompts kept out of the steps have the last word: what
+does not lower their KL by more than a standard error is not kept.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from chassis_utils.adapters import Adapter, at_rank
-from chassis_utils.metrics import kl_divergence
+from chassis_utils.metrics import Reference, clearly_lower
 from chassis_utils.models import Head
 from chassis_utils.moments import Moments
 from chassis_utils.regression import reduced_rank, solve_symmetric
@@ -31,10 +34,16 @@ class Examples:
 
     h: Shaped[Tensor, "n d"]
     logits: Shaped[Tensor, "n vocab"]
+    groups: Sequence[str] | None = None  # prompts of one template or document are not independent
 
-    def kl(self, adapter: Adapter, head: Head) -> float:
-        """Mean KL(expert || adapted), nats."""
-        return float(kl_divergence(self.logits, adapter.logits(self.h, head)).mean())
+    @cached_property
+    def reference(self) -> Reference:
+        """The expert as what adapters are measured against."""
+        return Reference(self.logits, self.logits)
+
+    def kl(self, adapter: Adapter, head: Head) -> Float64[Tensor, "n"]:
+        """KL(expert || adapted) of each prompt, nats."""
+        return self.reference.kl(adapter.logits(self.h, head))
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,15 @@ class Refined:
     adapter: Adapter
     train: list[float]  # mean KL over each pass for Adam, after each step for Gauss-Newton
     held_out: list[float]
+
+    @classmethod
+    def of(cls, adapters: list[Adapter], train: list[float], head: Head, held_out: Examples, last: bool) -> "Refined":
+        """Keep the `last`, or the one of least KL on `held_out` among those clearly below the start there."""
+        kl = [held_out.kl(adapter, head) for adapter in adapters]
+        means = [float(values.mean()) for values in kl]
+        better = [k for k, values in enumerate(kl) if clearly_lower(values, kl[0], held_out.groups)]
+        kept = len(adapters) - 1 if last else min(better, key=lambda k: means[k], default=0)
+        return cls(adapters[kept], train, means)
 
 
 def by_adam(
@@ -61,14 +79,17 @@ def by_adam(
 ) -> Refined:
     """Adam on U, log S, V and the shift of `start`; float32, batches in a random order of `seed`.
 
-    `stopped` keeps the pass with the least KL on `held_out`, the start among them; otherwise
-    the last pass is kept, as the first study did.
+    Tokens that an adapter in vocabulary coordinates leaves alone stay so. `stopped` keeps the pass
+    that `Refined.of` finds best on `held_out`; otherwise the last is kept, as the first study did.
     """
     factors = [factor.float().clone().requires_grad_() for factor in _factors(start)]
+    used = (start.up != 0).any(1) | (start.shift != 0)
+    for factor, mask in ((factors[2], used[:, None]), (factors[3], used)):
+        factor.register_hook(lambda gradient, mask=mask: gradient * mask)  # Adam leaves alone what has no gradient
     scale = [float(factor.detach().square().mean().sqrt()) if relative else 1.0 for factor in factors]
     optimizer = torch.optim.Adam([{"params": [f], "lr": rate * s} for f, s in zip(factors, scale, strict=True)])
     generator = torch.Generator().manual_seed(seed)
-    trail, found = [train.kl(start, head)], [(held_out.kl(start, head), start)]
+    trail, found = [float(train.kl(start, head).mean())], [start]
     for _ in range(passes):
         order = torch.randperm(len(train.h), generator=generator).split(batch)
         losses = []
@@ -81,32 +102,28 @@ def by_adam(
             optimizer.step()
             losses.append(loss.item())
         trail.append(math.fsum(losses) / len(losses))
-        now = _with_factors(start, factors)
-        found.append((held_out.kl(now, head), now))
-    kept = min(found, key=lambda pair: pair[0])[1] if stopped else found[-1][1]
-    return Refined(kept, trail, [kl for kl, _ in found])
+        found.append(_with_factors(start, factors))
+    return Refined.of(found, trail, head, held_out, last=not stopped)
 
 
 def by_gauss_newton(
-    start: Adapter, head: Head, train: Examples, held_out: Examples, penalty: float, *, steps: int = 5
+    start: Adapter, head: Head, train: Examples, held_out: Examples, penalty: float, *, steps: int = 4
 ) -> Refined:
     """Reduced-rank regressions on the linearised softmax; `penalty` as in the fit of `start`.
 
-    Ends after `steps`, where no length lowers the training KL, or where the KL on `held_out`
-    rises; the adapter with the least KL there is kept. For adapters in state coordinates.
+    Ends after `steps`, or where no length lowers the training KL; what is kept `held_out` decides
+    (`Refined.of`). For adapters in state coordinates, else `ValueError`.
     """
     if start.space != "state":
         raise ValueError("Gauss-Newton steps edit the state: give an adapter in state coordinates")
-    trail, found = [train.kl(start, head)], [(held_out.kl(start, head), start)]
+    trail, found = [float(train.kl(start, head).mean())], [start]
     for _ in range(steps):
-        best = _step(found[-1][1], head, train, penalty, trail[-1])
-        if best is None:
+        step = _step(found[-1], head, train, penalty, trail[-1])
+        if step is None:
             break
-        trail.append(best[0])
-        found.append((held_out.kl(best[1], head), best[1]))
-        if found[-1][0] > found[-2][0]:
-            break
-    return Refined(min(found, key=lambda pair: pair[0])[1], trail, [kl for kl, _ in found])
+        trail.append(step[0])
+        found.append(step[1])
+    return Refined.of(found, trail, head, held_out, last=False)
 
 
 def _step(current: Adapter, head: Head, train: Examples, penalty: float, kl: float) -> tuple[float, Adapter] | None:
@@ -116,7 +133,7 @@ def _step(current: Adapter, head: Head, train: Examples, penalty: float, kl: flo
     for length in LENGTHS:
         moments = Moments.of(train.h, current.edit(train.h) + length * change)
         tried = at_rank(reduced_rank(moments, penalty, curvature), current.rank, head)
-        reached = train.kl(tried, head)
+        reached = float(train.kl(tried, head).mean())
         if reached < (kl if best is None else best[0]):
             best = (reached, tried)
         elif best is not None:

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from chassis_utils.adapters import Adapter, at_rank, fit_path
 from chassis_utils.intervention import Prefixes, pull_back
-from chassis_utils.metrics import kl_divergence
+from chassis_utils.metrics import clearly_lower, kl_divergence
 from chassis_utils.models import Head
-from chassis_utils.moments import by_fold
+from chassis_utils.moments import Moments, by_fold
+from chassis_utils.regression import choose_penalty
 
 LENGTHS = (0.5, 1.0)  # of a middle layer's edit, tried beside none
+JUDGES = 3  # one fold in this many
 
 
 @dataclass(frozen=True)
@@ -43,40 +45,56 @@ class Task:
     prefixes: Prefixes
     head: Head
     target: Float64[Tensor, "n d"]
-    folds: Sequence[int]  # of each prompt; fold 0 decides lengths and is left out of the fits that it judges
+    folds: Sequence[int]  # of each prompt; every third one judges lengths and is left out of the fits judged
     metric: Float64[Tensor, "d d"]
     responses: Mapping[int, Float64[Tensor, "d d"]]  # of the last state to each middle layer
 
-    def states(self, middle: Mapping[int, Adapter]) -> Shaped[Tensor, "layers n d"]:
-        """States under the edits of the middle layers."""
-        return self.prefixes.finish({layer: adapter.edit for layer, adapter in middle.items()})
+    @property
+    def judges(self) -> list[int]:
+        """The prompts that decide lengths."""
+        return [k for k, fold in enumerate(self.folds) if fold % JUDGES == 0]
+
+    def moments(self, h: Shaped[Tensor, "n d"], wanted: Float64[Tensor, "n d"]) -> list[Moments]:
+        """Moments of the folds that do not judge."""
+        found = by_fold(h, wanted, self.folds)
+        return [fold for number, fold in enumerate(found) if number % JUDGES]
 
 
 def fit(task: Task, layers: Sequence[int], ranks: Sequence[int]) -> Stack:
     """A stack at `layers`, the last of which is the head's, with the given ranks."""
-    middle: dict[int, Adapter] = {}
+    best = _Trial.of(task, {}, ranks[-1], None)
     for layer, rank in zip(layers[:-1], ranks[:-1], strict=True):
-        states = task.states(middle)
-        missing = task.target - states[-1].double()
+        missing = task.target - best.states[-1].double()
         wanted, metric = pull_back(missing, task.responses[layer], task.metric)
-        fitted = at_rank(fit_path(by_fold(states[layer], wanted, task.folds), metric), rank, task.head)
+        fitted = at_rank(fit_path(task.moments(best.states[layer], wanted), metric), rank, task.head)
         scaled = [replace(fitted, up=length * fitted.up, shift=length * fitted.shift) for length in LENGTHS]
-        middle = min(
-            [middle, *(middle | {layer: adapter} for adapter in scaled)], key=lambda m: _loss(task, m, ranks[-1])
-        )
-    return Stack(middle, _last(task, task.states(middle)[-1], ranks[-1]))
+        trials = [_Trial.of(task, best.middle | {layer: adapter}, ranks[-1], best.penalty) for adapter in scaled]
+        better = [trial for trial in trials if trial.clearly_better(best, task)]
+        best = min(better, key=lambda trial: float(trial.kl.mean()), default=best)
+    h = best.states[-1]
+    whole = fit_path(by_fold(h, task.target - h.double(), task.folds), task.metric, best.penalty)
+    return Stack(best.middle, at_rank(whole, ranks[-1], task.head))
 
 
-def _last(task: Task, h: Shaped[Tensor, "n d"], rank: int, without: int | None = None) -> Adapter:
-    """The adapter at the head for the states that reach it; `without` leaves a fold out."""
-    folds = by_fold(h, task.target - h.double(), task.folds)
-    kept = [fold for number, fold in enumerate(folds) if number != without]
-    return at_rank(fit_path(kept, task.metric), rank, task.head)
+@dataclass(frozen=True)
+class _Trial:
+    """Adapters of middle layers, the states under them, and the judges' KL with the last adapter refitted."""
 
+    middle: dict[int, Adapter]
+    states: Shaped[Tensor, "layers n d"]
+    kl: Float64[Tensor, "judges"]
+    penalty: float  # of the last adapter, chosen once: the states that reach the head differ little
 
-def _loss(task: Task, middle: Mapping[int, Adapter], rank: int) -> float:
-    """Mean KL on fold 0 with the last adapter refitted to the other folds, nats."""
-    h = task.states(middle)[-1]
-    last = _last(task, h, rank, without=0)
-    rows = [k for k, fold in enumerate(task.folds) if fold == 0]
-    return float(kl_divergence(task.head(task.target[rows]), last.logits(h[rows], task.head)).mean())
+    @classmethod
+    def of(cls, task: Task, middle: dict[int, Adapter], rank: int, penalty: float | None) -> "_Trial":
+        states = task.prefixes.finish({layer: adapter.edit for layer, adapter in middle.items()})
+        moments = task.moments(states[-1], task.target - states[-1].double())
+        if penalty is None:
+            penalty, _ = choose_penalty(moments, task.metric)
+        last = at_rank(fit_path(moments, task.metric, penalty), rank, task.head)
+        adapted = last.logits(states[-1][task.judges], task.head)
+        return cls(middle, states, kl_divergence(task.head(task.target[task.judges]), adapted), penalty)
+
+    def clearly_better(self, other: "_Trial", task: Task) -> bool:
+        """Whether the judges' KL is lower by more than a standard error, prompts of a fold counting as one."""
+        return clearly_lower(self.kl, other.kl, [str(task.folds[k]) for k in task.judges])

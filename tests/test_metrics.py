@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from chassis_utils.metrics import Reference, cosine, kl_divergence, l2, standard_error, top_overlap
+from chassis_utils.metrics import (
+    Reference,
+    clearly_lower,
+    cosine,
+    kl_divergence,
+    l2,
+    over_seeds,
+    standard_error,
+    top_overlap,
+)
 
 rows = arrays(np.float64, (3, 6), elements=st.floats(-50, 50)).map(torch.from_numpy)
 constants = arrays(np.float64, (3, 1), elements=st.floats(-1e3, 1e3)).map(torch.from_numpy)
@@ -33,9 +43,9 @@ def test_a_constant_added_to_a_row_changes_no_kl(expert: torch.Tensor, other: to
 @given(rows, constants)
 def test_kl_is_zero_exactly_where_rows_differ_by_a_constant(expert: torch.Tensor, c: torch.Tensor) -> None:
     assert float(kl_divergence(expert, expert + c).max()) < 1e-12
-    moved = expert.clone()
-    moved[:, 0] += 1 + expert.amax(-1) - expert[:, 0]  # now the most likely token, and was not by this much
-    assert (kl_divergence(expert, moved) > 0).all()
+    least = expert.argmin(-1, keepdim=True)
+    moved = expert.scatter(-1, least, 1 + expert.amax(-1, keepdim=True))  # now the most likely token
+    assert (kl_divergence(expert, moved) > 0.01).all()
 
 
 def test_logits_far_beyond_the_range_of_exp_do_not_overflow() -> None:
@@ -108,3 +118,74 @@ def test_the_expert_closes_the_gap_and_the_base_leaves_it() -> None:
 def test_no_gap_has_no_share() -> None:
     expert = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     assert math.isnan(float(Reference(expert, expert).row(expert + 1)["gap_closed"]))
+
+
+def test_a_kl_that_is_known_is_taken_for_the_row() -> None:
+    expert, base, adapted = torch.randn(3, 20, 9, generator=torch.Generator().manual_seed(0))
+    reference = Reference(expert, base, [f"template {k % 4}" for k in range(20)])
+    kl = reference.kl(adapted)
+    assert reference.row(adapted, kl=kl, rank=2) == reference.row(adapted, rank=2)
+    plain, twice = reference.row(adapted), reference.row(adapted, kl=2 * kl)
+    assert (twice["kl"], twice["kl_se"]) == pytest.approx((2 * plain["kl"], 2 * plain["kl_se"]))
+    assert 1 - twice["gap_closed"] == pytest.approx(2 * (1 - plain["gap_closed"]))
+    assert [twice[key] for key in ("top1", "base_kl")] == [plain[key] for key in ("top1", "base_kl")]
+
+
+@given(arrays(np.float64, (2, 12), elements=st.floats(0, 10)))
+def test_clearly_lower_is_below_by_the_standard_error_of_the_paired_difference(kl: np.ndarray) -> None:
+    values, others = torch.from_numpy(kl)
+    gain = kl[1] - kl[0]
+    if abs(gain.mean() - scipy.stats.sem(gain)) > 1e-9:
+        assert clearly_lower(values, others) == (gain.mean() > scipy.stats.sem(gain))
+    assert not (clearly_lower(values, others) and clearly_lower(others, values))
+    assert not clearly_lower(values, values)
+
+
+def test_nothing_is_clear_from_one_prompt_or_one_group() -> None:
+    low, high = torch.zeros(4), torch.tensor([1.0, 1.1, 1.2, 1.3])
+    assert clearly_lower(low, high) and clearly_lower(low, high, ["a", "a", "b", "b"])
+    assert not clearly_lower(low[:1], high[:1]) and not clearly_lower(low, high, ["a"] * 4)
+    apart = torch.tensor([5.0, 5.0, -1.0, -1.0])  # four prompts say so, two templates do not
+    assert clearly_lower(low, apart) and not clearly_lower(low, apart, ["a", "a", "b", "b"])
+
+
+def evaluation_rows(seeds: int = 3) -> pd.DataFrame:
+    """Two methods, one of them without a rank, on experts of several seeds."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for seed in range(seeds):
+        expert, base, one, other = torch.randn(4, 20, 9, generator=generator)
+        reference = Reference(expert, base)
+        rows.append(reference.row(one, method="A", rank=4, seed=seed))
+        rows.append(reference.row(other, method="base", rank=None, seed=seed))
+    return pd.DataFrame(rows)
+
+
+def test_seeds_are_averaged_and_their_spread_joins_that_of_the_prompts() -> None:
+    rows = evaluation_rows()
+    found = over_seeds(rows)
+    assert list(found.columns) == [*(column for column in rows.columns if column != "seed"), "n_seeds"]
+    assert found["method"].tolist() == ["A", "base"]  # in the order in which they came
+    for k, method in enumerate(("A", "base")):
+        of_it = rows[rows["method"] == method]
+        for column in ("kl", "base_kl", "gap_closed", "top1", "top5_overlap"):
+            assert found[column][k] == pytest.approx(of_it[column].mean())
+        seeds_error = scipy.stats.sem(of_it["kl"])
+        assert found["kl_se"][k] == pytest.approx((seeds_error**2 + of_it["kl_se"].mean() ** 2) ** 0.5)
+        assert (found["n_prompts"][k], found["n_seeds"][k]) == (20, 3)
+    assert found["rank"][0] == 4 and pd.isna(found["rank"][1])
+
+
+def test_a_single_seed_keeps_its_row() -> None:
+    rows = evaluation_rows(1)
+    pd.testing.assert_frame_equal(over_seeds(rows).drop(columns="n_seeds"), rows.drop(columns="seed"))
+    alone = over_seeds(rows.drop(columns="rank"))  # one setting is enough to tell rows apart
+    assert alone["method"].tolist() == ["A", "base"]
+
+
+@given(arrays(np.float64, st.integers(2, 8), elements=st.floats(0, 10)), st.floats(0, 1))
+def test_more_prompts_do_not_hide_the_spread_of_the_seeds(kl: np.ndarray, se: float) -> None:
+    rows = pd.DataFrame({"method": "A", "seed": range(len(kl)), "kl": kl, "kl_se": se, "n_prompts": 9})
+    (error,) = over_seeds(rows)["kl_se"]
+    assert error >= max(scipy.stats.sem(kl), se) - 1e-12
+    assert error == pytest.approx(math.hypot(scipy.stats.sem(kl), se), abs=1e-12)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from conftest import VOCABULARY, Build, tiny_llama
 from tokenizers import Tokenizer
-from transformers import CohereConfig, Gemma2Config, GraniteConfig, HyperCLOVAXConfig, PhiConfig, PretrainedConfig
+from transformers import (
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    PhiConfig,
+    PretrainedConfig,
+)
 
 from chassis_utils.models import Head, LanguageModel, describe, find_folder, fingerprint, load
 from chassis_utils.paths import ROOT
@@ -70,6 +78,67 @@ def test_a_head_in_float64_is_the_exact_one() -> None:
     head = Head(weight, bias, 0.5, 5.0)
     torch.testing.assert_close(head.to(torch.float64)(h), exact, rtol=1e-14, atol=1e-14)
     assert head(h.double()).dtype == torch.float32
+
+
+def test_the_fingerprint_of_a_head_is_of_all_that_it_is() -> None:
+    weight, bias = torch.randn(9, 4), torch.randn(9)
+    heads = [
+        Head(weight),
+        Head(weight + 1e-6),
+        Head(weight[:, [1, 0, 2, 3]]),
+        Head(weight.view(4, 9)),
+        Head(weight, bias),
+        Head(weight, -bias),
+        Head(weight, torch.zeros(9)),
+        Head(weight, scale=0.5),
+        Head(weight, softcap=30.0),
+        Head(weight, softcap=50.0),
+        Head(weight).to(torch.float64),
+        Head(weight.bfloat16()),
+    ]
+    found = [head.fingerprint for head in heads]
+    assert len(set(found)) == len(heads)
+    assert all(len(name) == 16 and int(name, 16) >= 0 for name in found)
+    assert Head(weight.T.contiguous().T, bias.clone()).fingerprint == heads[4].fingerprint  # whatever the layout
+    assert Head(weight.bfloat16().clone()).fingerprint == heads[-1].fingerprint
+
+
+def assert_anatomy(model: LanguageModel) -> None:
+    """Block l reads the states of layer l, and the final norm makes the last state of the last block's output."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: torch.nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> None:
+        seen.append(inputs[0])
+        last.append(output[0] if isinstance(output, tuple) else output)
+
+    last: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(keep) for block in model.blocks]
+    with torch.inference_mode():
+        ids = torch.tensor(model.encode(["A short sentence about norms."]))
+        states = model.network.base_model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        normed = model.final_norm(last[-1])
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == model.depth == len(states) - 1
+    for layer, state in enumerate(seen):
+        torch.testing.assert_close(state, states[layer])
+    torch.testing.assert_close(normed, states[-1])
+    assert not torch.allclose(normed, last[-1], rtol=1e-2)
+
+
+@pytest.mark.parametrize("fixture", ["stories", "tiny_llama_model", "tiny_gpt2", "tiny_phi"])
+def test_blocks_and_final_norm_are_found(fixture: str, request: pytest.FixtureRequest) -> None:
+    assert_anatomy(request.getfixturevalue(fixture))
+
+
+OTHERS = {name: HEADS[name] for name in ("softcap", "scale", "inverse scale")} | {
+    "a norm of the embeddings": BloomConfig(vocab_size=VOCABULARY, hidden_size=16, n_layer=2, n_head=2)
+}
+
+
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_blocks_and_final_norm_of_other_architectures_are_found(config: PretrainedConfig, build: Build) -> None:
+    assert_anatomy(load(str(build(config))))
 
 
 def test_weights_are_frozen_and_texts_neither_padded_nor_cut(tiny_llama_model: LanguageModel) -> None:

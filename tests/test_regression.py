@@ -14,6 +14,7 @@ from chassis_utils.moments import Moments, by_fold, merge
 from chassis_utils.regression import (
     LinearMap,
     choose_penalty,
+    choose_rank,
     mean_eigenvalue,
     reduced_rank,
     ridge,
@@ -194,6 +195,51 @@ def test_k_fold_by_subtraction_is_refitting_without_each_fold(seed: int, count: 
             residual = direct_ridge(x[~out], y[~out], penalty)(x[out]) - y[out]
             total += float((residual @ metric * residual).sum())
         refitted[penalty] = total / len(x)
+    assert errors == pytest.approx(refitted, rel=1e-6)
+    assert chosen == min(refitted, key=refitted.__getitem__)
+
+
+def planted(seed: int, rank: int, noise: float) -> tuple[Tensor, Tensor]:
+    """Inputs [60, 5] and targets [60, 4] of a map whose singular values are all one."""
+    x, _ = regression_data(seed, n=60)
+    left, right = (torch.linalg.qr(torch.randn(d, rank, generator=torch.Generator().manual_seed(seed + d)).double()).Q
+                   for d in (5, 4))  # fmt: skip
+    x = torch.linalg.qr(x - x.mean(0)).Q * 60**0.5 + x.mean(0)  # white, with large means
+    error = torch.randn(60, 4, generator=torch.Generator().manual_seed(seed + 9), dtype=torch.float64)
+    return x, x @ left @ right.T + 3 + noise * error
+
+
+@given(seeds, st.integers(0, 4))
+def test_the_rank_of_a_planted_map_is_found(seed: int, rank: int) -> None:
+    x, y = planted(seed, rank, 0.0)
+    chosen, errors = choose_rank(by_fold(x, y, [k % 3 for k in range(60)]), 0.0, semidefinite(seed, 4, 4))
+    assert chosen == rank and list(errors) == [0, 1, 2, 3, 4]
+    assert all(errors[r] > 1e6 * abs(errors[rank]) for r in range(rank))
+
+
+def test_the_rank_of_a_planted_map_is_found_under_noise() -> None:
+    chosen = [
+        (rank, choose_rank(by_fold(*planted(seed, rank, 0.3), [k % 6 for k in range(60)]), 1e-6)[0])
+        for seed in range(10)
+        for rank in (1, 2, 3)
+    ]
+    assert all(found >= rank for rank, found in chosen)  # a direction of size 1 is not missed
+    assert sum(found == rank for rank, found in chosen) >= 24  # and one of noise is seldom taken for it
+
+
+@given(seeds, st.floats(1e-6, 1e3), st.integers(2, 5))
+def test_errors_of_ranks_are_those_of_refitting_without_each_fold(seed: int, penalty: float, count: int) -> None:
+    x, y = regression_data(seed)
+    metric, labels = semidefinite(seed, 4, 3), torch.arange(len(x)) % count
+    refitted = {}
+    for rank in (0, 1, 3):
+        total = 0.0
+        for k in range(count):
+            out = labels == k
+            residual = reduced_rank(Moments.of(x[~out], y[~out]), penalty, metric).at(rank)(x[out]) - y[out]
+            total += float((residual @ metric * residual).sum())
+        refitted[rank] = total / len(x)
+    chosen, errors = choose_rank(by_fold(x, y, labels.tolist()), penalty, metric, ranks=(0, 1, 3))
     assert errors == pytest.approx(refitted, rel=1e-6)
     assert chosen == min(refitted, key=refitted.__getitem__)
 

@@ -17,7 +17,6 @@ from chassis_utils.moments import Moments
 from chassis_utils.refinement import Examples, by_adam
 from chassis_utils.regression import reduced_rank
 from chassis_utils.reported import (
-    MethodA,
     as_state_edit,
     hidden_to_hidden,
     largest_columns,
@@ -100,7 +99,9 @@ def study_c(
     return factors
 
 
-def problem(seed: int, layers: int = 1, effect: float = 0.5) -> tuple[Head, list[torch.Tensor], torch.Tensor, SyntheticExpert]:
+def problem(
+    seed: int, layers: int = 1, effect: float = 0.5
+) -> tuple[Head, list[torch.Tensor], torch.Tensor, SyntheticExpert]:
     """A head, states of some layers, the expert's logits and the expert, whose edit has rank 2."""
     generator = torch.Generator().manual_seed(seed)
     head = Head(torch.randn(VOCABULARY, WIDTH, generator=generator, dtype=torch.float64))
@@ -213,7 +214,7 @@ def test_method_b_counts_the_state_twice(seed: int) -> None:
     whole = h + path.at(WIDTH)(h)
     torch.testing.assert_close(whole - expert.states(h), h, rtol=1e-3, atol=1e-3)
     kl = [float(kl_divergence(logits, at_rank(path, rank, head).logits(h, head)).mean()) for rank in range(7)]
-    assert 0.01 < kl[0] < 0.02 and 5 * kl[0] < kl[1] < min(kl[2:])  # the more rank, the worse
+    assert 0.005 < kl[0] < 0.02 and 5 * kl[0] < kl[1] < min(kl[2:])  # the more rank, the worse
     edit = at_rank(fit_path([Moments.of(h, expert.edit(h))], penalty=1e-9), 2, head)
     assert float(kl_divergence(logits, edit.logits(h, head)).mean()) < 1e-9
 
@@ -284,5 +285,3 @@ def test_method_c_is_adam_on_the_factors_as_the_study_ran_it(columns: torch.Tens
     np.testing.assert_allclose(found, adapted, rtol=0, atol=1e-3 * moved)
     rest = ~torch.isin(torch.arange(VOCABULARY), start.columns)
     assert torch.equal(found[:, rest], head(h)[:, rest])
-
-

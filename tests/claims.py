@@ -1,0 +1,93 @@
+"""What the paper claims of each table: checked on the committed ones, and on those of another base."""
+
+from collections.abc import Callable
+
+import pandas as pd
+
+EXACT = 1e-6  # nats: below it an adapter is the expert up to rounding
+CELL = ["split", "edit_kl"]
+
+
+def _wide(table: pd.DataFrame, index: list[str], values: str = "kl") -> pd.DataFrame:
+    """One column for each variant; an expert as drawn, without a size of edit, counts as size zero."""
+    filled = table.assign(edit_kl=table["edit_kl"].fillna(0.0))
+    return filled.pivot_table(index=index, columns="variant", values=values)
+
+
+def exact_adapter(table: pd.DataFrame, rank: int) -> None:
+    assert (table.loc[table["dtype"] == "float32", "kl"] < EXACT).all()
+
+
+def hidden_alignment(table: pd.DataFrame, rank: int) -> None:
+    corrected, reported = (table[table["variant"] == name] for name in ("corrected", "as_reported"))
+    assert (corrected.loc[corrected["dimension"] >= rank, "kl"] < EXACT).all()
+    eighth = reported[reported["dimension"] == reported["dimension"].max() // 8]
+    assert (eighth["kl"] > eighth["base_kl"]).all()
+
+
+def lens_kl(table: pd.DataFrame, rank: int) -> None:
+    corrected = table[(table["variant"] == "corrected") & (table["depth"] == 1)]
+    assert (corrected["kl"] < EXACT).all()
+
+
+def rank_sweep(table: pd.DataFrame, rank: int) -> None:
+    wide = _wide(table, [*CELL, "rank"])
+    assert (wide["corrected"] <= wide["as_reported"]).all()
+    ranks = wide.index.get_level_values("rank")
+    assert (wide["as_reported"] / wide["corrected"])[ranks < rank].median() >= 2
+    assert (wide["corrected"][ranks >= rank] < EXACT).all()
+
+
+def multilayer_rank_sweep(table: pd.DataFrame, rank: int) -> None:
+    wide = _wide(table, [*CELL, "layer", "rank"])
+    assert (wide["as_reported"] > 2).all()
+    assert (wide["corrected"] <= 0.1 * wide["as_reported"]).all()
+
+
+def stacking(table: pd.DataFrame, rank: int) -> None:
+    wide, error = (_wide(table, [*CELL, "ranks"], values) for values in ("kl", "kl_se"))
+    best = wide.filter(like="alone").min(axis=1)
+    assert (wide["corrected"] <= best + error["corrected"] + EXACT).all()
+    assert (wide["corrected"] < wide["as_reported"]).all()
+
+
+def hidden_to_hidden(table: pd.DataFrame, rank: int) -> None:
+    drawn = table[table["edit_kl"].isna() & (table["variant"] == "as_reported")]
+    for _, line in drawn.groupby("split"):
+        assert line.sort_values("rank")["kl"].is_monotonic_increasing
+    wide = _wide(table, [*CELL, "rank"])
+    assert (wide["corrected"][wide.index.get_level_values("rank") >= rank] < EXACT).all()
+
+
+def gradient_refinement(table: pd.DataFrame, rank: int) -> None:
+    blown = table[table["variant"] == "full_vocabulary"].pivot_table(
+        index="split", columns="rate", values="first_pass_kl"
+    )
+    assert (blown.diff(axis=1).iloc[:, 1:] > 0).all(axis=None)  # the larger the rate, the further from the exact start
+    assert (blown[0.01] > 1e3 * blown[0.0001]).all()
+    refined = table[table["variant"].isin(["corrected", "relative_adam"])]
+    assert (refined["kl"] <= refined["start_kl"] * (1 + 1e-9)).mean() >= 0.9
+    assert (refined["kl"] <= refined["start_kl"] + refined["kl_se"]).all()
+
+
+def comparison(table: pd.DataFrame, rank: int) -> None:
+    wide = table.pivot_table(index=["method", "split"], columns="variant", values="kl").dropna()
+    assert (wide["corrected"] < wide["as_reported"]).all()
+    assert (table.loc[table["method"] == "reduced rank", "kl"] < EXACT).all()
+
+
+def stress_test(table: pd.DataFrame, rank: int) -> None:
+    assert (table.loc[table["variant"] == "corrected", "kl"] < EXACT).all()
+    natural = table[(table["variant"] == "transfer") & (table["fitted_on"] == "natural")]
+    assert (natural["kl"] < EXACT).all()
+    from_one = table[(table["variant"] == "transfer") & (table["fitted_on"] == "math") & (table["family"] == "natural")]
+    assert (from_one["kl"] > 0.1 * from_one["base_kl"]).all()
+
+
+CLAIMS: dict[str, Callable[[pd.DataFrame, int], None]] = {
+    claim.__name__: claim
+    for claim in (
+        *(exact_adapter, hidden_alignment, lens_kl, rank_sweep, multilayer_rank_sweep, stacking),
+        *(hidden_to_hidden, gradient_refinement, comparison, stress_test),
+    )
+}

@@ -1,0 +1,58 @@
+"""A stack keeps what helps, leaves alone what does not, and finds an edit that was made in the middle."""
+
+import pytest
+import torch
+
+from chassis_utils import prompts, regression, stacking
+from chassis_utils.experts import SyntheticExpert
+from chassis_utils.intervention import Prefixes, response
+from chassis_utils.metrics import Reference, clearly_lower
+from chassis_utils.models import LanguageModel
+
+LAYER, N = 3, 240
+
+
+@pytest.fixture(scope="module")
+def read(stories: LanguageModel) -> dict[str, Prefixes]:
+    """Natural prompts to fit on and to test on, read by the real checkpoint."""
+    parts = {part: prompts.texts(prompts.take("natural", "document", part, N)) for part in ("train", "test")}
+    return {part: Prefixes.of(stories, texts) for part, texts in parts.items()}
+
+
+def task(read: dict[str, Prefixes], target: torch.Tensor) -> stacking.Task:
+    """Nine folds, the metric of the target, and the base's response to one middle layer."""
+    head = read["train"].model.head
+    metric = regression.vocabulary_metric(head.weight, head(target).double().softmax(-1).mean(0))
+    folds = [k % 9 for k in range(N)]
+    return stacking.Task(read["train"], head, target, folds, metric, {LAYER: response(read["train"], LAYER)})
+
+
+def test_an_expert_at_the_head_is_left_to_the_last_adapter(read: dict[str, Prefixes]) -> None:
+    model = read["train"].model
+    h, tested = read["train"].finish()[-1], read["test"].finish()[-1]
+    expert = SyntheticExpert.draw(model.width, 2).with_effect(0.3, model.head, h)
+    stack = stacking.fit(task(read, expert.states(h)), [LAYER, model.depth], [2, 2])
+    assert stack.middle == {}
+    reference = Reference(model.head(expert.states(tested)), model.head(tested))
+    assert float(reference.kl(stack.logits(read["test"], model.head)).mean()) < 1e-6
+
+
+def test_an_edit_of_a_middle_layer_is_found_through_the_blocks(read: dict[str, Prefixes]) -> None:
+    model = read["train"].model
+    h = read["train"].finish()[LAYER].double()
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(2, model.width, 1, generator=generator, dtype=torch.float64)
+    size = 0.2 * float(h.norm(dim=1).mean() / (h @ down @ up.T).norm(dim=1).mean())
+
+    def edit(states: torch.Tensor) -> torch.Tensor:
+        return size * (states.double() @ down) @ up.T
+
+    target = read["train"].finish({LAYER: edit})[-1].double()
+    fitted = task(read, target)
+    through = stacking.fit(fitted, [LAYER, model.depth], [1, 0])
+    at_the_end = stacking.fit(fitted, [model.depth], [1])
+    reference = Reference(model.head(read["test"].finish({LAYER: edit})[-1]), model.head(read["test"].finish()[-1]))
+    found, other = (reference.kl(stack.logits(read["test"], model.head)) for stack in (through, at_the_end))
+    assert set(through.middle) == {LAYER}
+    assert clearly_lower(found, reference.kl(reference.base))
+    assert clearly_lower(found, other)
