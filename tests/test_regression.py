@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from samples import regression_data, seeds, semidefinite
 from scipy.linalg import lstsq
@@ -70,6 +70,7 @@ def test_large_means_move_the_intercept_alone(seed: int, shift_x: float, shift_y
 
 
 @given(seeds)
+@example(3304)  # Cholesky succeeds on this singular matrix, by rounding
 def test_without_a_ridge_equal_inputs_share_their_weight(seed: int) -> None:
     x, y = regression_data(seed)
     doubled = torch.cat([x, x], dim=1)  # a singular Gram matrix
