@@ -36,7 +36,7 @@ class _Batch:
     rows: list[int]
     last: Int[Tensor, "n 1"]
     places: Int[Tensor, "n 1"]  # of the last tokens, from 0
-    mask: Int[Tensor, "n t"]  # of the prefixes, padded on the right, then 1 for the last token
+    mask: Int[Tensor, "n t"]  # of the prefixes, padded on the left (sliding windows end at the last token), and it
     cache: DynamicCache
 
 
@@ -70,7 +70,11 @@ class Prefixes:
         model = self.model
         found = torch.empty(model.depth + 1, self.count, model.width, dtype=model.network.dtype)
         for batch in self.read:
+            first: list[Tensor] = []  # transformers records layer 0 only after the edits' hooks
             with ExitStack() as hooks:
+                hooks.callback(_restore, batch)
+                handle = model.blocks[0].register_forward_pre_hook(partial(_record, first))
+                hooks.callback(handle.remove)
                 for layer, edit in (edits or {}).items():
                     hooks.enter_context(_edited(model, layer, edit, batch.rows))
                 output = model.network.base_model(
@@ -80,21 +84,32 @@ class Prefixes:
                     past_key_values=batch.cache,
                     output_hidden_states=True,
                 )
-            batch.cache.crop(-1)  # the next call starts from the prefixes again
-            for layer, states in enumerate(output.hidden_states):
+            for layer, states in enumerate([*first, *output.hidden_states[1:]]):
                 found[layer, batch.rows] = states[:, 0].cpu()
         return found
+
+
+def _record(states: list[Tensor], block: torch.nn.Module, inputs: tuple) -> None:
+    states.append(inputs[0])
+
+
+def _restore(batch: _Batch) -> None:
+    """Cut the cache back to the prefixes, also where an edit failed halfway through the blocks."""
+    prefix = batch.mask.shape[1] - 1
+    for layer in batch.cache.layers:
+        layer.crop(min(0, prefix - layer.get_seq_length()))
 
 
 @torch.inference_mode()
 def _read(model: LanguageModel, ids: list[list[int]], rows: list[int]) -> _Batch:
     longest = max(map(len, ids)) - 1
     integers = partial(torch.tensor, device=model.device, dtype=torch.long)
-    padded = integers([row[:-1] + [0] * (longest + 1 - len(row)) for row in ids])
-    mask = integers([[1] * (len(row) - 1) + [0] * (longest + 1 - len(row)) + [1] for row in ids])
-    cache = DynamicCache(config=model.network.config)
+    padded = integers([[0] * (longest + 1 - len(row)) + row[:-1] for row in ids])
+    mask = integers([[0] * (longest + 1 - len(row)) + [1] * len(row) for row in ids])
+    cache = DynamicCache()
     if longest:
-        model.network.base_model(padded, attention_mask=mask[:, :-1], past_key_values=cache)
+        places = (mask[:, :-1].cumsum(1) - 1).clamp_min(0)
+        model.network.base_model(padded, attention_mask=mask[:, :-1], position_ids=places, past_key_values=cache)
     last, places = integers([row[-1:] for row in ids]), integers([[len(row) - 1] for row in ids])
     return _Batch(rows, last, places, mask, cache)
 
@@ -135,7 +150,7 @@ def _edited(model: LanguageModel, layer: int, edit: Edit, rows: list[int]) -> It
     if not 0 <= layer < model.depth:
         raise ValueError(f"an edit at layer {layer} has no block after it: use 0 to {model.depth - 1}")
 
-    def before(block: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def before(block: torch.nn.Module, inputs: tuple) -> tuple:
         h = inputs[0]
         change = (edit[rows] if isinstance(edit, Tensor) else edit(h[:, -1].cpu())).to(h)
         return (torch.cat([h[:, :-1], h[:, -1:] + change[:, None]], dim=1), *inputs[1:])

@@ -99,7 +99,7 @@ class LanguageModel:
     def final_norm(self) -> torch.nn.Module:
         """The norm between the last block and the head: the one child of the base that holds only vectors."""
         children = self.network.base_model.children()
-        return next(m for m in children if (found := [*m.parameters()]) and all(p.ndim == 1 for p in found))
+        return [m for m in children if (found := [*m.parameters()]) and all(p.ndim == 1 for p in found)][-1]
 
     @cached_property
     def parameters(self) -> int:

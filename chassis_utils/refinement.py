@@ -1,8 +1,8 @@
 """Gradient refinement of an adapter: Adam on its factors, or Gauss-Newton steps in closed form.
 
 Adam moves every entry of a factor by about its rate in each step, whatever the gradient's
-size, so the rate must be small beside the factor's own entries: `relative` rates are in
-units of each factor's root mean square. A Gauss-Newton step replaces the mean KL by its
+size, so the rate must be small beside the factor's own entries: `relative` rates are in units
+of the root mean square of U, of V and, for the shift, of the edit. A Gauss-Newton step replaces the mean KL by its
 quadratic model at the current adapter q, whose curvature K = E[W^T (diag q - q q^T) W] and
 targets h_e = edit + s K^-1 W^T (p - q) make it one more reduced-rank regression; the step
 length s is searched on the training KL. Prompts kept out of the steps have the last word: what
@@ -83,10 +83,12 @@ def by_adam(
     that `Refined.of` finds best on `held_out`; otherwise the last is kept, as the first study did.
     """
     factors = [factor.float().clone().requires_grad_() for factor in _factors(start)]
-    used = (start.up != 0).any(1) | (start.shift != 0)
+    used = (start.up != 0).any(1) | (start.shift != 0) | (start.space == "state")
     for factor, mask in ((factors[2], used[:, None]), (factors[3], used)):
         factor.register_hook(lambda gradient, mask=mask: gradient * mask)  # Adam leaves alone what has no gradient
-    scale = [float(factor.detach().square().mean().sqrt()) if relative else 1.0 for factor in factors]
+    edits = start.edit(train.h)[:, used]
+    sizes = [float(part.square().mean().sqrt()) for part in (factors[0].detach(), factors[2].detach()[used], edits)]
+    scale = [sizes[0], 1.0, *sizes[1:]] if relative else [1.0] * 4
     optimizer = torch.optim.Adam([{"params": [f], "lr": rate * s} for f, s in zip(factors, scale, strict=True)])
     generator = torch.Generator().manual_seed(seed)
     trail, found = [float(train.kl(start, head).mean())], [start]
@@ -132,7 +134,7 @@ def _step(current: Adapter, head: Head, train: Examples, penalty: float, kl: flo
     best = None
     for length in LENGTHS:
         moments = Moments.of(train.h, current.edit(train.h) + length * change)
-        tried = at_rank(reduced_rank(moments, penalty, curvature), current.rank, head)
+        tried = at_rank(reduced_rank(moments, penalty, curvature), current.rank, head, current.intercept)
         reached = float(train.kl(tried, head).mean())
         if reached < (kl if best is None else best[0]):
             best = (reached, tried)
@@ -142,13 +144,16 @@ def _step(current: Adapter, head: Head, train: Examples, penalty: float, kl: flo
 
 
 def _newton(current: Adapter, head: Head, train: Examples) -> tuple[Float64[Tensor, "n d"], Float64[Tensor, "d d"]]:
-    """K^-1 W^T (p - q) of each prompt, and the mean curvature K."""
+    """K^-1 W^T (p - q) of each prompt, and the mean curvature K; `gain` is the slope of a softcap."""
     w = head.weight * head.scale
-    q = current.logits(train.h, head).softmax(-1)
+    logits = current.logits(train.h, head)
+    q = logits.softmax(-1)
+    gain = torch.ones_like(logits) if head.softcap is None else 1 - (logits / head.softcap).square()
     p = train.logits.softmax(-1)
-    slope = ((p - q).to(w.dtype) @ w).double()
-    mean_states = (q.to(w.dtype) @ w).double()
-    curvature = (w.double().T * q.double().mean(0)) @ w.double() - mean_states.T @ mean_states / len(q)
+    slope = (((p - q) * gain).to(w.dtype) @ w).double()
+    mean_states = ((q * gain).to(w.dtype) @ w).double()
+    shared = (q * gain.square()).double().mean(0)
+    curvature = (w.double().T * shared) @ w.double() - mean_states.T @ mean_states / len(q)
     eye = torch.eye(len(curvature), dtype=torch.float64)
     damped = curvature + DAMPING * curvature.trace() / len(curvature) * eye
     return solve_symmetric(damped, slope.T).T, damped
@@ -159,7 +164,8 @@ def _factors(adapter: Adapter) -> list[Tensor]:
     q_down, r_down = torch.linalg.qr(adapter.down)
     q_up, r_up = torch.linalg.qr(adapter.up)
     u, s, vt = torch.linalg.svd(r_down @ r_up.T)
-    return [q_down @ u, s.log(), q_up @ vt.T, adapter.shift]
+    floor = torch.finfo(torch.float32).eps * float(s.max()) if len(s) else 0.0  # a zero has no logarithm
+    return [q_down @ u, s.clamp_min(floor or 1e-12).log(), q_up @ vt.T, adapter.shift]
 
 
 def _with_factors(adapter: Adapter, factors: list[Tensor]) -> Adapter:
@@ -170,4 +176,5 @@ def _with_factors(adapter: Adapter, factors: list[Tensor]) -> Adapter:
 def _logits(factors: list[Tensor], adapter: Adapter, head: Head, h: Tensor) -> Tensor:
     u, log_s, v, shift = factors
     edit = ((h @ u) * log_s.exp()) @ v.T + shift
-    return head.finish(head.product(h + edit) if adapter.space == "state" else head.product(h) + edit)
+    product = head.product(h + edit) if adapter.space == "state" else head.product(h) + edit
+    return head.finish(product if adapter.intercept is None else product + adapter.intercept.to(product.dtype))

@@ -79,7 +79,7 @@ def method_a(
     """
     lens = layer_lens(h, logits)
     columns = largest_columns(lens) if columns is None else columns
-    change = lens(h)[:, columns] - head(h)[:, columns].double()
+    change = (lens(h)[:, columns] - head(h)[:, columns].double()) / head.scale
     return MethodA(truncated_ridge(h, change), columns, head)
 
 
