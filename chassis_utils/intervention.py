@@ -21,7 +21,7 @@ from chassis_utils.models import LanguageModel
 from chassis_utils.moments import Moments
 from chassis_utils.regression import mean_eigenvalue, ridge, solve_symmetric
 from chassis_utils.resources import require_memory
-from chassis_utils.states import batches
+from chassis_utils.states import batches, encode
 
 # What is added to the states of a layer: a function of them, or one row for each prompt.
 Edit = Callable[[Shaped[Tensor, "n d"]], Shaped[Tensor, "n d"]] | Tensor
@@ -50,8 +50,8 @@ class Prefixes:
 
     @classmethod
     def of(cls, model: LanguageModel, texts: Sequence[str]) -> "Prefixes":
-        """Read all prefixes; `MemoryError` where their keys and values do not fit."""
-        ids = model.encode(texts)
+        """Read all prefixes; `ValueError` as of `states.encode`, `MemoryError` where keys and values do not fit."""
+        ids = encode(model, texts)
         config = model.network.config.get_text_config()
         shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         numbers = 2 * model.depth * model.width * sum(map(len, ids)) * shared // config.num_attention_heads

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float64, Inexact, Shaped
 from torch import Tensor
 
 from chassis_utils.moments import Moments, merge
@@ -55,14 +55,14 @@ class RankPath:
         return LinearMap(weight, self.y_mean - self.x_mean @ weight)
 
 
-def solve_symmetric(a: Float64[Tensor, "d d"], b: Float64[Tensor, "d m"]) -> Float64[Tensor, "d m"]:
-    """Solve a z = b for symmetric positive semidefinite a (least norm where a is singular)."""
+def solve_symmetric(a: Inexact[Tensor, "d d"], b: Inexact[Tensor, "d m"]) -> Inexact[Tensor, "d m"]:
+    """Solve a z = b for symmetric or Hermitian positive semidefinite a (least norm where a is singular)."""
     factor, failed = torch.linalg.cholesky_ex(a)
     if not failed:
         return torch.cholesky_solve(b, factor)
     values, vectors = torch.linalg.eigh(a)
     keep = values > values[-1] * 100 * len(values) * torch.finfo(values.dtype).eps  # beyond what centring leaves
-    return vectors[:, keep] @ ((vectors[:, keep].T @ b) / values[keep, None])
+    return vectors[:, keep] @ ((vectors[:, keep].mH @ b) / values[keep, None])
 
 
 def ridge(moments: Moments, penalty: float) -> LinearMap:
@@ -70,7 +70,7 @@ def ridge(moments: Moments, penalty: float) -> LinearMap:
 
     Raises `ValueError` for fewer samples than unknowns without a penalty.
     """
-    _check_penalty(moments, penalty)
+    check_penalty(penalty, float(moments.n), len(moments.x_sum) + 1)
     eye = torch.eye(len(moments.x_sum), dtype=torch.float64, device=moments.xx.device)
     weight = solve_symmetric(moments.xx_centred + penalty * eye, moments.xy_centred)
     return LinearMap(weight, moments.y_mean - moments.x_mean @ weight)
@@ -81,7 +81,7 @@ def reduced_rank(moments: Moments, penalty: float, metric: Float64[Tensor, "d_y 
 
     Raises `ValueError` for fewer samples than unknowns without a penalty.
     """
-    _check_penalty(moments, penalty)
+    check_penalty(penalty, float(moments.n), len(moments.x_sum) + 1)
     _, unroot_x = _roots(moments.xx_centred, penalty)
     cross = unroot_x.T @ moments.xy_centred
     if metric is None:
@@ -121,9 +121,9 @@ def choose_penalty(
     does not leave the choice to noise.
     """
     whole = merge(folds)
-    metric = torch.eye(len(whole.y_sum), dtype=torch.float64) if metric is None else metric
+    metric = torch.eye(len(whole.y_sum)).to(whole.yy) if metric is None else metric
     unit = mean_eigenvalue(whole) or 1.0  # constant inputs: any penalty gives the mean
-    candidates = torch.tensor([factor * unit for factor in relative], dtype=torch.float64)
+    candidates = whole.xx.new_tensor([factor * unit for factor in relative])
     held_out = [_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds]
     errors = torch.stack(held_out).sum(0) / whole.n
     rounding = ROUNDING * float((whole.yy_centred * metric).sum() / whole.n)
@@ -187,13 +187,13 @@ def vocabulary_metric(
     return centred.T @ (centred * p[:, None])
 
 
-def _check_penalty(moments: Moments, penalty: float) -> None:
-    unknowns = len(moments.x_sum) + 1
+def check_penalty(penalty: float, samples: float, unknowns: int) -> None:
+    """Raise `ValueError` for a negative ridge, and for fewer samples than unknowns without one."""
     if penalty < 0:
         raise ValueError(f"ridge {penalty} is negative: use zero or more")
-    if penalty == 0 and moments.n < unknowns:
+    if penalty == 0 and samples < unknowns:
         raise ValueError(
-            f"{int(moments.n)} samples do not determine {unknowns} unknowns without a ridge: "
+            f"{int(samples)} samples do not determine {unknowns} unknowns without a ridge: "
             "collect more prompts or set a ridge above zero"
         )
 

@@ -7,10 +7,11 @@ depends on this module.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64, Int, Shaped
+from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
 from chassis_utils.adapters import Adapter
+from chassis_utils.circulant import BlockCirculantLinear
 from chassis_utils.models import Head
 from chassis_utils.regression import LinearMap, RankPath, solve_symmetric
 
@@ -121,6 +122,20 @@ def as_state_edit(adapter: Adapter, head: Head, inverse: bool = False) -> Adapte
     if inverse:
         factors = solve_symmetric(w.T @ w, factors)
     return Adapter("state", adapter.down, factors[:, :-1], factors[:, -1], adapter.head)
+
+
+def reported_forward(layer: BlockCirculantLinear, x: Float[Tensor, "*batch d_x"]) -> Float[Tensor, "*batch d_y"]:
+    """The study's own product with a block-circulant layer, in float32: for each pair of blocks rfft(c) rfft(x).
+
+    Flaw: the spectrum of c is computed again at every call, and the products of all pairs of
+    blocks are written out before they are summed: n p q (B / 2 + 1) complex numbers. Use the layer itself.
+    """
+    _, q, block = layer.c.shape
+    padded = torch.nn.functional.pad(x.float(), (0, q * block - layer.in_features))
+    x_hat = torch.fft.rfft(padded.unflatten(-1, (q, block)))
+    products = torch.fft.rfft(layer.c.float()) * x_hat.unsqueeze(-3)
+    y = torch.fft.irfft(products.sum(-2), n=block).flatten(-2)[..., : layer.out_features]
+    return (y if layer.bias is None else y + layer.bias).to(x.dtype)
 
 
 def _ridge(x: Float64[Tensor, "n p"], y: Float64[Tensor, "n q"]) -> LinearMap:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 import torch
 from filelock import FileLock
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
@@ -36,9 +36,11 @@ def collect(
     position outside its text, and states that are not finite; `OSError` for a full disk and
     `MemoryError` for too little memory, both before the pass begins.
     """
-    ids = model.encode(texts)
+    ids = encode(model, texts)
     ends = [len(row) - 1 for row in ids] if positions is None else list(positions)
-    _check(model, texts, ids, ends)
+    for text, row, end in zip(texts, ids, ends, strict=True):
+        if not 0 <= end < len(row):
+            raise ValueError(f"position {end} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
     made_by = f"{FORMAT} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
     key = content_key(f"{made_by} {ids} {ends}")
     stored = CACHE / f"states-{key}.safetensors"
@@ -55,20 +57,21 @@ def collect(
     return load_file(stored)["states"]
 
 
-def _check(model: LanguageModel, texts: Sequence[str], ids: list[list[int]], ends: list[int]) -> None:
+def encode(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text; `ValueError` for no text, one without tokens or longer than the model reads."""
+    ids = model.encode(texts)
     if not ids:
-        raise ValueError("there are no prompts to collect states for: give at least one")
+        raise ValueError("there are no prompts for the model to read: give at least one")
     limit = getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    for text, row, end in zip(texts, ids, ends, strict=True):
+    for text, row in zip(texts, ids, strict=True):
         if not row:
             raise ValueError(f"prompt {text!r} has no tokens: remove it")
         if len(row) > limit:
             raise ValueError(f"prompt {text[:40]!r}... has {len(row)} tokens, {model.name} reads {limit}: shorten it")
-        if not 0 <= end < len(row):
-            raise ValueError(f"position {end} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
+    return ids
 
 
-def batches(ids: list[list[int]]) -> Iterator[list[int]]:
+def batches(ids: Sequence[list[int]]) -> Iterator[list[int]]:
     """Numbers of the prompts of each batch: similar lengths together, within `BATCH_TOKENS` tokens."""
     batch: list[int] = []
     for k in sorted(range(len(ids)), key=lambda k: len(ids[k])):
@@ -79,14 +82,20 @@ def batches(ids: list[list[int]]) -> Iterator[list[int]]:
     yield batch
 
 
+def pad(rows: Sequence[list[int]], device: torch.device) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"]]:
+    """Token ids padded on the right, and the mask that is 1 where they are real."""
+    longest = max(map(len, rows))
+    ids = [row + [0] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
 @torch.inference_mode()
 def _run(model: LanguageModel, ids: list[list[int]], ends: list[int]) -> Float[Tensor, "layers n d"]:
     found = torch.empty(model.depth + 1, len(ids), model.width, dtype=model.network.dtype)
     with tqdm(total=len(ids), desc=f"states of {model.name}", disable=None, leave=False) as bar:
         for batch in batches(ids):
-            longest = max(len(ids[k]) for k in batch)
-            padded = torch.tensor([ids[k] + [0] * (longest - len(ids[k])) for k in batch], device=model.device)
-            mask = torch.tensor([[1] * len(ids[k]) + [0] * (longest - len(ids[k])) for k in batch], device=model.device)
+            padded, mask = pad([ids[k] for k in batch], model.device)
             output = model.network.base_model(padded, attention_mask=mask, output_hidden_states=True, use_cache=False)
             rows = torch.arange(len(batch))
             places = torch.tensor([ends[k] for k in batch])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from samples import regression_data, seeds
 
 from chassis_utils.adapters import at_rank, fit_path
+from chassis_utils.circulant import BlockCirculantLinear
 from chassis_utils.experts import SyntheticExpert
 from chassis_utils.metrics import kl_divergence
 from chassis_utils.models import Head
@@ -24,6 +25,7 @@ from chassis_utils.reported import (
     method_a,
     projected_alignment,
     random_basis,
+    reported_forward,
     truncated_ridge,
 )
 
@@ -285,3 +287,12 @@ def test_method_c_is_adam_on_the_factors_as_the_study_ran_it(columns: torch.Tens
     np.testing.assert_allclose(found, adapted, rtol=0, atol=1e-3 * moved)
     rest = ~torch.isin(torch.arange(VOCABULARY), start.columns)
     assert torch.equal(found[:, rest], head(h)[:, rest])
+
+
+@pytest.mark.parametrize("sizes", [(8, 12, 4), (7, 10, 4), (6, 9, 3)])
+def test_the_forward_of_the_study_is_the_explicit_matrix(sizes: tuple[int, int, int]) -> None:
+    layer = BlockCirculantLinear(*sizes)
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    x = torch.randn(2, 3, sizes[0])
+    torch.testing.assert_close(reported_forward(layer, x), x @ layer.to_dense().T + layer.bias)

@@ -1,0 +1,48 @@
+"""The project's own prompt lists are as long and as German as they say, and share no line."""
+
+import re
+
+import pytest
+
+from chassis_utils.paths import ROOT
+from chassis_utils.prompts import Prompt, read_prompts
+
+FOLDER = ROOT / "notebooks" / "prompts"
+LISTS = {  # prompts, and the least and the most of them in German
+    "quality": (20, 5, 5),
+    "calibration": (200, 40, 60),
+    "calibration_long": (50, 10, 15),
+    "evaluation_long": (20, 4, 6),
+}
+GERMAN = re.compile(
+    r"\b(der|die|das|dem|den|des|ein|eine|einem|einen|ist|und|nicht|im|zum|für|von|wenn|sie|ich|auf|er|lässt)\b"
+)
+
+
+def german(prompt: Prompt) -> bool:
+    """Whether a prompt has a letter or a word that English has not."""
+    return bool(re.search("[äöüß„]", prompt.text.lower()) or GERMAN.search(prompt.text.lower()))
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_is_as_long_and_as_german_as_it_says(name: str) -> None:
+    count, least, most = LISTS[name]
+    found = read_prompts(FOLDER / f"{name}.txt")
+    assert len(found) == count
+    assert least <= sum(map(german, found)) <= most
+    longest = 100 if not name.endswith("_long") else 200
+    assert max(len(prompt.text) for prompt in found) <= longest
+
+
+def test_no_prompt_occurs_twice() -> None:
+    assert {path.stem for path in FOLDER.iterdir()} == set(LISTS)
+    lines = [prompt.text.casefold() for name in LISTS for prompt in read_prompts(FOLDER / f"{name}.txt")]
+    assert len(set(lines)) == len(lines) == 290
+    starts = [" ".join(line.split()[:5]) for line in lines if len(line.split()) > 5]
+    assert len(set(starts)) == len(starts)  # nor the beginning of one
+
+
+@pytest.mark.parametrize("name", ["calibration_long", "evaluation_long"])
+def test_long_prompts_have_two_sentences(name: str) -> None:
+    for prompt in read_prompts(FOLDER / f"{name}.txt"):
+        assert len(re.findall(r"[.!?“\"] \w|[.!?,]\" ", prompt.text)) >= 1, prompt.text
