@@ -23,6 +23,7 @@ def results() -> Path:
     """An empty folder of results."""
     folder = BUILD / PROFILE
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     return folder
 
 

@@ -35,6 +35,12 @@ def test_the_claims_hold_on_the_committed_table(name: str) -> None:
     CLAIMS[name](table(name), EXPERT_RANK)
 
 
+def test_middle_layers_as_reported_are_ten_times_worse_than_corrected_in_every_cell() -> None:
+    keys = ["split", "edit_kl", "layer", "rank"]
+    wide = table("multilayer_rank_sweep").pivot_table(index=keys, columns="variant", values="kl")
+    assert (wide["corrected"] <= 0.1 * wide["as_reported"]).all()
+
+
 def test_corrected_lenses_are_nowhere_worse_and_clearly_better_on_what_is_held_out() -> None:
     lenses = table("lens_kl").pivot_table(index=["split", "layer"], columns="variant", values=["kl", "kl_se"])
     lenses = lenses.drop(index="outside")  # one prompt has no standard error
