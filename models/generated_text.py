@@ -29,6 +29,15 @@ DIFFERENCES = (
     "Q: How much is {a} - {b}? A: {c}",
     "Compute {a} - {b}. The answer is {c}.",
 )
+EXERCISES = (  # the answer at once, in several forms
+    "How much is {q}? {c}",
+    "How much is {q}? It is {c}.",
+    "{q}? {c}",
+    "Work out {q}. {c}",
+    "Solve: {q} = {c}",
+    "{q} = {c}",
+    "Exercise: {q}? Answer: {c}",
+)
 TOPICS = {
     "entropy": ("counts how many ways a state can be arranged", "never falls when closed in", "grows when heat flows"),
     "force": ("is mass times acceleration", "changes how a body moves", "comes in pairs that point apart"),
@@ -62,6 +71,21 @@ def _one(rng: Random) -> str:
     if kind < 0.8:
         return rng.choice(PRODUCTS).format(a=a, b=b, c=a * b)
     return rng.choice(DIFFERENCES).format(a=a + b, b=b, c=a)
+
+
+def exercises(rng: Random, lines: int = 32) -> str:
+    """A page of correct answers, small numbers more often than large ones: what a small model can learn."""
+    return "\n".join(rng.choice(EXERCISES).format(**_exercise(rng)) for _ in range(lines))
+
+
+def _exercise(rng: Random) -> dict[str, object]:
+    kind, digits = rng.random(), rng.choices((1, 2, 3, 4), (20, 45, 20, 15))[0]
+    a, b = rng.randrange(10**digits), rng.randrange(10**digits)
+    if kind < 0.6:
+        return {"q": f"{a} + {b}", "c": a + b}
+    if kind < 0.8:
+        return {"q": f"{a + b} - {b}", "c": a}
+    return {"q": f"{a} * {b % 10}", "c": a * (b % 10)}
 
 
 def _worked(rng: Random) -> str:

@@ -30,7 +30,7 @@ from chassis_utils.corpus import content_key, read_documents
 from chassis_utils.models import fingerprint
 from chassis_utils.paths import BUILD, MODELS, write_atomically
 from checkpoint_card import write_checkpoint
-from generated_text import arithmetic, explanations
+from generated_text import arithmetic, exercises, explanations
 from muon import Muon
 from tokenizer_training import byte_level_bpe, sentencepiece_bpe
 
@@ -48,13 +48,20 @@ class Recipe:
     explanation_share: float
     rate: float  # of Muon, in units of AdamW's (update RMS matched)
     start: str | None = None  # checkpoint that training continues from
+    exercise_share: float = 0.0
 
 
 RECIPES = {
     "port-llama": Recipe(steps=1150, seed=1, arithmetic_share=0.05, explanation_share=0.03, rate=6e-3),
     "expert-phi": Recipe(steps=850, seed=2, arithmetic_share=0.05, explanation_share=0.03, rate=6e-3),
     "sibling-math": Recipe(
-        steps=100, seed=3, arithmetic_share=0.75, explanation_share=0.05, rate=2e-3, start="port-llama"
+        steps=800,
+        seed=3,
+        arithmetic_share=0.05,
+        explanation_share=0.05,
+        rate=3e-3,
+        start="port-llama",
+        exercise_share=0.75,
     ),
 }
 
@@ -118,14 +125,16 @@ def windows(name: str, tokenizer: Tokenizer) -> torch.Tensor:
     recipe = RECIPES[name]
     rng = random.Random(recipe.seed)
     needed = recipe.steps * BATCH
-    n_arithmetic, n_explanation = int(needed * recipe.arithmetic_share), int(needed * recipe.explanation_share)
+    shares = (
+        (arithmetic, recipe.arithmetic_share),
+        (explanations, recipe.explanation_share),
+        (exercises, recipe.exercise_share),
+    )
+    generated = [(page, int(needed * share)) for page, share in shares]
     documents = [document.text for document in read_documents("train")]
     rng.shuffle(documents)
-    parts = [
-        _cut(tokenizer, iter(documents), needed - n_arithmetic - n_explanation),
-        _cut(tokenizer, (arithmetic(rng) for _ in iter(int, 1)), n_arithmetic),
-        _cut(tokenizer, (explanations(rng) for _ in iter(int, 1)), n_explanation),
-    ]
+    parts = [_cut(tokenizer, iter(documents), needed - sum(count for _, count in generated))]
+    parts += [_cut(tokenizer, (page(rng) for _ in iter(int, 1)), count) for page, count in generated]
     rows = torch.cat(parts)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))]
 
