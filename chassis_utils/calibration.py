@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from chassis_utils.metrics import cosine, kl_divergence, l2, top_overlap
+from chassis_utils.metrics import cosine, kl_divergence, l2, standard_error, top_overlap
 from chassis_utils.models import LanguageModel
 from chassis_utils.patching import patch
 from chassis_utils.paths import write_atomically
@@ -59,6 +59,40 @@ class Settings:
                 raise ValueError(f"{name} {value} is not above zero: give a larger one")
 
 
+class Teacher:
+    """Prompts, and the logits of the untouched network there, on the CPU: at their last tokens or at every one.
+
+    Raises `ValueError` for prompts that cannot be read, `MemoryError` where the logits do not fit.
+    """
+
+    def __init__(self, model: LanguageModel, prompts: Sequence[str], every_token: bool) -> None:
+        self.model, self.ids, self.every_token = model, encode(model, prompts), every_token
+        self.positions = [len(row) if every_token else 1 for row in self.ids]
+        size = sum(self.positions) * len(model.head.weight) * model.network.dtype.itemsize
+        purpose = f"the teacher's logits at {sum(self.positions)} tokens"
+        require_memory(size, purpose, "use fewer prompts, or their last tokens alone")
+        found: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for batch in batches(self.ids):
+                logits = token_logits(model, [self.ids[k] for k in batch], every_token).cpu()
+                found |= zip(batch, logits.split([self.positions[k] for k in batch]), strict=True)
+        self.logits = [found[k] for k in range(len(found))]
+
+    def loss(self, batch: Sequence[int]) -> Float[Tensor, ""]:
+        """Mean KL(teacher || student) over the positions of these prompts, in float32 at least."""
+        student = token_logits(self.model, [self.ids[k] for k in batch], self.every_token)
+        teacher = torch.cat([self.logits[k] for k in batch]).to(student.device)
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        log_p, log_q = (logits.to(dtype).log_softmax(-1) for logits in (teacher, student))
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+    @torch.no_grad()
+    def mean(self) -> float:
+        """The same over all prompts."""
+        totals = [float(self.loss(batch)) * sum(self.positions[k] for k in batch) for batch in batches(self.ids)]
+        return math.fsum(totals) / sum(self.positions)
+
+
 def calibrate(
     model: LanguageModel,
     replacements: Mapping[str, nn.Module],
@@ -83,40 +117,37 @@ def calibrate(
     if both:
         raise ValueError(f"prompt {min(both)[:60]!r} is both trained on and held out: remove it from one list")
     run = _Run(replacements, settings, state, f"{model.fingerprint} {list(train)} {list(held_out)}")
-    learned, measured = (_Targets(model, prompts, settings.every_token) for prompts in (train, held_out))
+    learned, measured = (Teacher(model, prompts, settings.every_token) for prompts in (train, held_out))
     bar = tqdm(total=settings.steps, desc="calibration", disable=None, leave=False)
     with patch(model.network, replacements), run, bar:
         if not run.history:
-            run.check(measured.mean(model))
+            run.check(measured.mean())
         bar.update(run.step)
         while not run.finished:
             batch = [k % len(train) for k in range(run.step * settings.batch, (run.step + 1) * settings.batch)]
-            run.descend(learned.loss(model, batch))
+            run.descend(learned.loss(batch))
             if run.step % settings.check_every == 0 or run.step == settings.steps:
-                run.check(measured.mean(model))
+                run.check(measured.mean())
             bar.update()
     return pd.DataFrame(run.history)
 
 
-def compare(model: LanguageModel, replacements: Mapping[str, nn.Module], prompts: Sequence[str]) -> pd.DataFrame:
-    """The untouched and the patched network on each prompt, a row a prompt.
+def compare(teacher: Teacher, replacements: Mapping[str, nn.Module]) -> pd.DataFrame:
+    """The untouched and the patched network on each prompt of a teacher of every token, a row a prompt.
 
     At the last token: kl (nats), l2, cosine, top1, top5_overlap (shares); `next` and `patched_next`, the
     token that each would say, and whether it is among the other's five most likely. At every position:
-    tokens, how many have the same argmax, and the mean kl. Raises `ValueError` for prompts that cannot be read.
+    tokens, how many have the same argmax, and the mean kl. Raises `ValueError` for a teacher of last tokens.
     """
-    ids = encode(model, prompts)
+    if not teacher.every_token:
+        raise ValueError("this teacher holds last tokens alone: make one of every token")
     rows: dict[int, dict[str, object]] = {}
-    with torch.no_grad():
-        for batch in batches(ids):
-            tokens = [ids[k] for k in batch]
-            teacher = _logits(model, tokens, every_token=True)
-            with patch(model.network, replacements):
-                student = _logits(model, tokens, every_token=True)
-            lengths = [len(row) for row in tokens]
-            for k, one, other in zip(batch, teacher.split(lengths), student.split(lengths), strict=True):
-                rows[k] = _row(one, other)
-    return pd.DataFrame([rows[k] for k in range(len(ids))])
+    with torch.no_grad(), patch(teacher.model.network, replacements):
+        for batch in batches(teacher.ids):
+            students = token_logits(teacher.model, [teacher.ids[k] for k in batch], every_token=True)
+            for k, student in zip(batch, students.split([teacher.positions[k] for k in batch]), strict=True):
+                rows[k] = _row(teacher.logits[k], student.cpu())
+    return pd.DataFrame([rows[k] for k in range(len(rows))])
 
 
 def summarise(comparison: pd.DataFrame) -> dict[str, float]:
@@ -127,6 +158,27 @@ def summarise(comparison: pd.DataFrame) -> dict[str, float]:
     counts = {"top1_match": "top1", "token_agreement": "agreeing", "token_total": "tokens"}
     figures |= {name: float(comparison[column].sum()) for name, column in counts.items()}
     return figures | {"next_in_top5": float(comparison["next_in_top5"].sum()), "n_prompts": float(len(comparison))}
+
+
+def evaluation_row(
+    comparison: pd.DataFrame, base_kl: float, groups: Sequence[str] | None = None, **keys: object
+) -> dict[str, object]:
+    """One evaluation row: `keys`, then the common figures of a comparison at the last tokens.
+
+    `base_kl` is what the gap is measured on: the KL of the network with these MLPs deleted.
+    """
+    kl = torch.tensor(comparison["kl"].to_numpy())
+    return keys | {
+        "kl": float(kl.mean()),
+        "kl_se": standard_error(kl, groups),
+        "base_kl": base_kl,
+        "gap_closed": 1 - float(kl.mean()) / base_kl,
+        "top1": float(comparison["top1"].mean()),
+        "top5_overlap": float(comparison["top5_overlap"].mean()),
+        "n_prompts": len(kl),
+        "kl_every_token": float(comparison["kl_every_token"].mean()),
+        "token_agreement": float(comparison["agreeing"].sum() / comparison["tokens"].sum()),
+    }
 
 
 def _row(teacher: Float[Tensor, "t vocab"], student: Float[Tensor, "t vocab"]) -> dict[str, object]:
@@ -149,44 +201,15 @@ def _row(teacher: Float[Tensor, "t vocab"], student: Float[Tensor, "t vocab"]) -
     }
 
 
-def _logits(model: LanguageModel, rows: Sequence[list[int]], every_token: bool) -> Float[Tensor, "positions vocab"]:
+def token_logits(
+    model: LanguageModel, rows: Sequence[list[int]], every_token: bool
+) -> Float[Tensor, "positions vocab"]:
     """Next-token logits of each prompt at its last token, or at all its real ones, prompt after prompt."""
     ids, mask = pad(rows, model.device)
     logits = model.network(ids, attention_mask=mask, use_cache=False).logits
     if every_token:
         return logits[mask.bool()]
     return logits[torch.arange(len(rows), device=logits.device), mask.sum(1) - 1]
-
-
-class _Targets:
-    """Prompts, and the logits of the untouched network there, on the CPU."""
-
-    def __init__(self, model: LanguageModel, prompts: Sequence[str], every_token: bool) -> None:
-        self.ids, self.every_token = encode(model, prompts), every_token
-        self.positions = [len(row) if every_token else 1 for row in self.ids]
-        size = sum(self.positions) * len(model.head.weight) * model.network.dtype.itemsize
-        purpose = f"the teacher's logits at {sum(self.positions)} tokens"
-        require_memory(size, purpose, "use fewer prompts, or their last tokens alone")
-        found: dict[int, Tensor] = {}
-        with torch.no_grad():
-            for batch in batches(self.ids):
-                logits = _logits(model, [self.ids[k] for k in batch], every_token).cpu()
-                found |= zip(batch, logits.split([self.positions[k] for k in batch]), strict=True)
-        self.logits = [found[k] for k in range(len(found))]
-
-    def loss(self, model: LanguageModel, batch: Sequence[int]) -> Float[Tensor, ""]:
-        """Mean KL(teacher || student) over the positions of these prompts, in float32 at least."""
-        student = _logits(model, [self.ids[k] for k in batch], self.every_token)
-        teacher = torch.cat([self.logits[k] for k in batch]).to(student.device)
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        log_p, log_q = (logits.to(dtype).log_softmax(-1) for logits in (teacher, student))
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-    @torch.no_grad()
-    def mean(self, model: LanguageModel) -> float:
-        """The same over all prompts."""
-        totals = [float(self.loss(model, batch)) * sum(self.positions[k] for k in batch) for batch in batches(self.ids)]
-        return math.fsum(totals) / sum(self.positions)
 
 
 class _Run:

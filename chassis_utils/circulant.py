@@ -48,6 +48,11 @@ def check_block_size(block_size: int, in_features: int, out_features: int) -> No
         )
 
 
+def scaled_block_size(width: int, block_size: int, original_width: int = 4096) -> int:
+    """The block size that gives a model of this width as many blocks a side; at least 2, 1 being the dense layer."""
+    return max(2, round(block_size * width / original_width))
+
+
 class BlockCirculantLinear(nn.Module):
     """y = C x + bias with C made of circulant blocks; takes the place of an `nn.Linear`.
 

@@ -90,10 +90,35 @@ def stress_test(table: pd.DataFrame, rank: int) -> None:
     assert half["natural"] < half[["math", "physics"]].min()
 
 
+def fft_output_errors(table: pd.DataFrame, rank: int) -> None:
+    assert (table["aware"] < table["average"]).all()
+
+
+def fft_patching(table: pd.DataFrame, rank: int) -> None:
+    wide = table[table["split"] == "document"].pivot_table(
+        index=["where", "layers", "block_size"], columns="variant", values="kl"
+    )
+    wide = wide.dropna(subset="corrected")  # a deleted MLP has no block size
+    assert len(wide) and (wide["corrected"] < wide[["as_reported", "low_rank"]].min(axis=1)).all()
+
+
+def fft_calibration(table: pd.DataFrame, rank: int) -> None:
+    fitted = table[(table["split"] == "document") & (table["start"] == "aware")]
+    wide = fitted.pivot_table(index=["where", "layers", "block_size"], columns="variant", values=["kl", "kl_se"])
+    assert (wide["kl", "corrected"] <= wide["kl", "uncalibrated"] + wide["kl_se", "uncalibrated"]).all()
+
+
+def fft_results(table: pd.DataFrame, rank: int) -> None:
+    assert (table.loc[table["layers"] == 0, "kl"] < EXACT).all()
+    patched = table[table["layers"] > 0]
+    assert len(patched) == 10 and (patched["corrected_kl"] < patched["kl"]).all()
+
+
 CLAIMS: dict[str, Callable[[pd.DataFrame, int], None]] = {
     claim.__name__: claim
     for claim in (
         *(exact_adapter, hidden_alignment, lens_kl, rank_sweep, multilayer_rank_sweep, stacking),
+        *(fft_output_errors, fft_patching, fft_calibration, fft_results),
         *(hidden_to_hidden, gradient_refinement, comparison, stress_test),
     )
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chassis_utils import calibration
-from chassis_utils.calibration import Settings, calibrate, compare, summarise
+from chassis_utils.calibration import Settings, Teacher, calibrate, compare, summarise
 from chassis_utils.metrics import kl_divergence
 from chassis_utils.models import LanguageModel
 from chassis_utils.patching import patch
@@ -31,7 +31,7 @@ def values(found: dict[str, nn.Module]) -> list[Tensor]:
 
 
 def held_out_kl(model: LanguageModel, found: dict[str, nn.Module]) -> float:
-    return float(compare(model, found, HELD_OUT)["kl"].mean())
+    return float(compare(Teacher(model, HELD_OUT, True), found)["kl"].mean())
 
 
 @pytest.mark.parametrize("every_token", [False, True])
@@ -44,7 +44,7 @@ def test_it_lowers_the_held_out_kl_to_what_it_reports(
     history = calibrate(model, found, TRAIN, HELD_OUT, Settings(40, 3, 0.05, every_token=every_token, patience=8))
     assert list(history.columns) == ["step", "train_kl", "held_out_kl"]
     assert history["held_out_kl"].min() < 0.9 * history["held_out_kl"][0]
-    after = compare(model, found, HELD_OUT)
+    after = compare(Teacher(model, HELD_OUT, True), found)
     kl = (
         (after["kl_every_token"] * after["tokens"]).sum() / after["tokens"].sum() if every_token else after["kl"].mean()
     )
@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
 ) -> None:
     whole = averaged(tiny_llama_model)
     history = calibrate(tiny_llama_model, whole, TRAIN, HELD_OUT, QUICK)
-    state, count, original = tmp_path / "run.safetensors", 0, calibration._Targets.loss
+    state, count, original = tmp_path / "run.safetensors", 0, calibration.Teacher.loss
     found = averaged(tiny_llama_model)
     start = values(found)
 
@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
         return original(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibration._Targets, "loss", loss)
+        patched.setattr(calibration.Teacher, "loss", loss)
         try:
             calibrate(tiny_llama_model, found, TRAIN, HELD_OUT, QUICK, state)
         except KeyboardInterrupt:
@@ -168,7 +168,7 @@ def test_what_cannot_be_calibrated_says_why(tiny_llama_model: LanguageModel, tmp
 
 def test_compare_is_each_prompt_by_itself(tiny_llama_model: LanguageModel) -> None:
     found = averaged(tiny_llama_model)
-    frame = compare(tiny_llama_model, found, HELD_OUT)
+    frame = compare(Teacher(tiny_llama_model, HELD_OUT, True), found)
     for text, (_, row) in zip(HELD_OUT, frame.iterrows(), strict=True):
         ids = torch.tensor(tiny_llama_model.encode([text]))
         with torch.no_grad():
@@ -189,7 +189,7 @@ def test_compare_is_each_prompt_by_itself(tiny_llama_model: LanguageModel) -> No
 
 
 def test_an_unchanged_network_agrees_everywhere(tiny_llama_model: LanguageModel) -> None:
-    figures = summarise(compare(tiny_llama_model, {}, HELD_OUT))
+    figures = summarise(compare(Teacher(tiny_llama_model, HELD_OUT, True), {}))
     tokens = sum(map(len, tiny_llama_model.encode(HELD_OUT)))
     assert figures["kl_mean"] == figures["l2_mean"] == figures["per_text_agreement_std"] == 0
     assert figures["top1_match"] == figures["next_in_top5"] == figures["n_prompts"] == 3

@@ -1,14 +1,30 @@
-"""The synthetic expert is the edit of the study, with the strength that has the asked effect."""
+"""Experts are those of the study, and read a batch of prompts as they read each prompt alone."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import VOCABULARY, Build, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import seeds
+from torch import Tensor
+from transformers import GPT2Config
 
-from chassis_utils.experts import SyntheticExpert, scaled_rank
+from chassis_utils.adapters import Adapter
+from chassis_utils.experts import (
+    BOOSTED,
+    Edited,
+    Expert,
+    LogitBias,
+    Rescored,
+    Sibling,
+    SyntheticExpert,
+    continuations,
+    scaled_rank,
+)
 from chassis_utils.metrics import kl_divergence
-from chassis_utils.models import Head
+from chassis_utils.models import Head, LanguageModel, load
 
 WIDTH = 12
 
@@ -62,3 +78,161 @@ def test_a_rank_that_does_not_fit_is_refused(rank: int) -> None:
 def test_ranks_keep_their_share_of_the_width() -> None:
     assert [scaled_rank(width) for width in (2048, 256, 64, 16)] == [64, 8, 2, 1]
     assert [scaled_rank(256, rank) for rank in (4, 32, 128)] == [1, 4, 16]
+
+
+PROMPTS = ["Two and two", "A sentence of several words that ends with", "In", "The function returns"]
+NEW = 6
+Cast = Callable[[LanguageModel, LanguageModel], Expert]
+CAST: dict[str, Cast] = {
+    "edited": lambda base, _: Edited(base, SyntheticExpert.draw(base.width, 2)),
+    "bias": lambda base, _: LogitBias.of_strings(base),
+    "sibling": Sibling,
+    "rescored": lambda base, other: Rescored(base, other, tokens=NEW),
+}
+
+
+@pytest.fixture(scope="module")
+def sibling(build: Build) -> LanguageModel:
+    """A wider Llama with the tokenizer of the other tiny ones."""
+    return load(str(build(tiny_llama(hidden_size=24))))
+
+
+@pytest.fixture(scope="module")
+def byte_level(build: Build) -> LanguageModel:
+    """A GPT-2 with the other shipped tokenizer."""
+    config = GPT2Config(vocab_size=5120, n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    return load(str(build(config, tokenizer="expert-phi")))
+
+
+@torch.inference_mode()
+def logits_of(model: LanguageModel, text: str) -> Tensor:
+    """After the last token, straight from the network."""
+    return model.network(torch.tensor(model.encode([text]))).logits[0, -1]
+
+
+@torch.inference_mode()
+def written(model: LanguageModel, prompt: str, tokens: int) -> list[int]:
+    """The greedy continuation, token after token, the whole text read each time."""
+    ids = model.encode([prompt])[0]
+    for _ in range(tokens):
+        ids = [*ids, int(model.network(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
+    return ids[-tokens:]
+
+
+@pytest.mark.parametrize("cast", CAST.values(), ids=CAST)
+def test_an_expert_gives_each_prompt_the_logits_that_it_has_alone(
+    cast: Cast, tiny_gpt2: LanguageModel, sibling: LanguageModel
+) -> None:
+    expert = cast(tiny_gpt2, sibling)
+    assert isinstance(expert, Expert)
+    together = expert.logits(PROMPTS)
+    assert together.shape == (len(PROMPTS), VOCABULARY)
+    alone = torch.cat([expert.logits([prompt]) for prompt in PROMPTS])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together, base_logits(tiny_gpt2, PROMPTS), atol=1e-5)
+
+
+def base_logits(model: LanguageModel, prompts: list[str]) -> Tensor:
+    return torch.stack([logits_of(model, prompt) for prompt in prompts])
+
+
+def test_the_synthetic_expert_edits_the_states_of_its_base(tiny_phi: LanguageModel) -> None:
+    edit = SyntheticExpert.draw(tiny_phi.width, 2)
+    with torch.inference_mode():
+        output = tiny_phi.network(torch.tensor(tiny_phi.encode(PROMPTS[:1])), output_hidden_states=True)
+    expected = tiny_phi.head(edit.states(output.hidden_states[-1][0, -1:]))
+    torch.testing.assert_close(Edited(tiny_phi, edit).logits(PROMPTS[:1]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_list_of_the_study_is_boosted_by_four_for_each_string_that_has_the_token(
+    tiny_phi: LanguageModel, byte_level: LanguageModel
+) -> None:
+    assert len(BOOSTED) == 26 == len(set(BOOSTED)) and {"7", "^", "The answer is", "implies"} < set(BOOSTED)
+    for model, boosts in (
+        (byte_level, {"7": 1, "^": 1, "The": 2, "\u0120": 0}),
+        (tiny_phi, {"7": 1, "^": 1, "\u2581The": 2, "<s>": 0}),
+    ):
+        bias = LogitBias.of_strings(model).bias
+        assert {token: float(bias[model.tokenizer.token_to_id(token)]) / 4 for token in boosts} == boosts
+        tokens = [token for string in BOOSTED for token in model.tokenizer.encode(string, add_special_tokens=False).ids]
+        counted = torch.bincount(torch.tensor(tokens), minlength=len(model.head.weight))
+        assert torch.equal(bias, 4.0 * counted)
+        assert float(bias.sum()) == 4 * len(tokens)
+    mark = tiny_phi.tokenizer.token_to_id("\u2581")
+    assert float(LogitBias.of_strings(tiny_phi).bias[mark]) >= 40  # the space before each digit: the study's flaw
+
+
+def test_a_token_listed_twice_is_boosted_twice(byte_level: LanguageModel) -> None:
+    bias = LogitBias.of_strings(byte_level, ["7", "77", "7"], boost=1.5).bias
+    seven = byte_level.tokenizer.token_to_id("7")
+    assert bias[seven] == 1.5 * (2 + byte_level.encode(["77"])[0].count(seven)) and int((bias != 0).sum()) <= 2
+
+
+def test_a_logit_bias_is_an_intercept_at_rank_0(tiny_phi: LanguageModel) -> None:
+    expert, d = LogitBias.of_strings(tiny_phi), tiny_phi.width
+    torch.testing.assert_close(expert.logits(PROMPTS), base_logits(tiny_phi, PROMPTS) + expert.bias.float())
+    nothing = torch.zeros(d, 0, dtype=torch.float64)
+    shift = torch.zeros(d, dtype=torch.float64)
+    adapter = Adapter("state", nothing, nothing, shift, tiny_phi.head.fingerprint, expert.bias)
+    h = Sibling(tiny_phi, tiny_phi).states(PROMPTS)
+    assert float(kl_divergence(expert.logits(PROMPTS), adapter.logits(h, tiny_phi.head)).max()) < 1e-12
+
+
+def test_a_sibling_speaks_for_itself(tiny_gpt2: LanguageModel, sibling: LanguageModel) -> None:
+    expert = Sibling(tiny_gpt2, sibling)
+    assert expert.states(PROMPTS).shape == (len(PROMPTS), sibling.width)
+    torch.testing.assert_close(expert.logits(PROMPTS), base_logits(sibling, PROMPTS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_with_other_tokens_is_no_sibling(
+    tiny_phi: LanguageModel, byte_level: LanguageModel, build: Build
+) -> None:
+    with pytest.raises(
+        ValueError, match=r"is no sibling of .* \d+ entries of their vocabularies differ .* 5120 and 4096"
+    ):
+        Sibling(tiny_phi, byte_level)
+    longer = load(str(build(tiny_llama(vocab_size=VOCABULARY + 8))))  # the same tokens, and logits of none
+    with pytest.raises(ValueError, match="0 entries of their vocabularies differ and they give 4104 and 4096 logits"):
+        Sibling(tiny_phi, longer)
+    other = load(str(build(tiny_llama(vocab_size=5120))))  # as many logits, of other tokens
+    with pytest.raises(ValueError, match=r"is no sibling of .* take a checkpoint of the same tokenizer"):
+        Sibling(byte_level, other)
+
+
+@pytest.mark.parametrize("writer", ["tiny_gpt2", "tiny_phi", "sibling", "byte_level"])
+def test_continuations_are_the_greedy_ones_of_each_prompt(writer: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(writer)
+    expected = [model.tokenizer.decode(written(model, prompt, NEW)) for prompt in PROMPTS]
+    assert continuations(model, PROMPTS, NEW) == expected
+
+
+def test_a_continuation_stops_where_the_text_ends(tiny_phi: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = [written(tiny_phi, prompt, NEW) for prompt in PROMPTS]
+    ends = [tokens[0][2], tokens[1][4]]
+    for setting, among in ((ends[0], ends[:1]), (ends, ends)):
+        monkeypatch.setattr(tiny_phi.network.generation_config, "eos_token_id", setting)
+        places = [min([row.index(end) for end in among if end in row], default=NEW) for row in tokens]
+        expected = [tiny_phi.tokenizer.decode(row[:place]) for row, place in zip(tokens, places, strict=True)]
+        assert len(set(places)) > 1 and min(places) < NEW
+        assert continuations(tiny_phi, PROMPTS, NEW) == expected
+
+
+def test_the_text_bridge_rescores_prompt_space_and_continuation(
+    tiny_gpt2: LanguageModel, byte_level: LanguageModel
+) -> None:
+    texts = [f"{p} {byte_level.tokenizer.decode(written(byte_level, p, NEW))}" for p in PROMPTS]
+    found = Rescored(tiny_gpt2, byte_level, tokens=NEW).logits(PROMPTS)
+    torch.testing.assert_close(found, base_logits(tiny_gpt2, texts), rtol=1e-4, atol=1e-4)
+    assert Rescored(tiny_gpt2, byte_level).tokens == 32
+
+
+def test_a_prompt_that_cannot_be_continued_is_refused(tiny_gpt2: LanguageModel) -> None:
+    count = len(tiny_gpt2.encode(["word word"])[0])
+    assert continuations(tiny_gpt2, ["word word"], 64 - count)
+    sentence = (
+        rf"prompt 'word word' has {count} tokens, with {65 - count} more they exceed the 64 that .* reads: shorten"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        continuations(tiny_gpt2, ["word word"], 65 - count)
+    with pytest.raises(ValueError, match="there are no prompts for the model to read"):
+        continuations(tiny_gpt2, [], 4)

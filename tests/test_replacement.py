@@ -17,6 +17,7 @@ from chassis_utils.patching import as_linear, mlp_projections, patch
 from chassis_utils.projections import CirculantMoments, LowRankLinear, equal_rank, low_rank
 from chassis_utils.prompts import Prompt
 from chassis_utils.replacement import collect, replacements
+from chassis_utils.walk import Walk
 
 BLOCK = 4
 TEXTS = [
@@ -54,6 +55,12 @@ def test_where_the_weights_are_block_circulant_nothing_changes(build: Build, how
         torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
 
 
+def second_block(model: LanguageModel, first: dict[str, nn.Module]) -> Walk:
+    walk = Walk(model, TEXTS)
+    walk.advance(first)
+    return walk
+
+
 @pytest.mark.parametrize("name", ["tiny_llama_model", "tiny_gpt2", "tiny_phi"])
 def test_a_padded_batch_counts_as_its_prompts_alone(
     name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -61,10 +68,10 @@ def test_a_padded_batch_counts_as_its_prompts_alone(
     model = request.getfixturevalue(name)
     first = replacements(model, [0], BLOCK, "average")
     for path in mlp_projections(model.network, 1):
-        together = collect(model, path, first, [TEXTS], Moments.of)[0]
+        together = collect([second_block(model, first)], path, first, Moments.of)[0]
         with monkeypatch.context() as patched:
             patched.setattr(states, "BATCH_TOKENS", 1)
-            alone = collect(model, path, first, [TEXTS], Moments.of)[0]
+            alone = collect([second_block(model, first)], path, first, Moments.of)[0]
         assert float(together.n) == sum(map(len, model.encode(TEXTS)))
         for part in ("n", "x_sum", "y_sum", "xx", "xy", "yy"):
             scale = float(getattr(alone, part).abs().max())

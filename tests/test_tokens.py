@@ -1,0 +1,307 @@
+"""The bytes of every token add up to the text; segments on bytes are the tokenizer's own; safe cuts are safe."""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from chassis_utils.corpus import Document
+from chassis_utils.paths import MODELS, ROOT
+from chassis_utils.tokens import BYTE_FALLBACK, BYTE_LEVEL, ByteTable, Segmenter
+
+SHARED = ROOT.parent / "shared"
+FOLDERS = {
+    "port-llama": MODELS / "port-llama",
+    "expert-phi": MODELS / "expert-phi",
+    "stories260K": SHARED / "models" / "stories260K",
+    "gpt2": SHARED / "tokenizers" / "gpt2",
+    "phi2": SHARED / "tokenizers" / "phi2",
+    "tinyllama": SHARED / "tokenizers" / "tinyllama",
+}
+BASES = [name for name in FOLDERS if name != "phi2"]  # its added tokens are found before any merge
+STRINGS = 17_000  # for each of the six tokenizers: 100 000 together
+FRAGMENTS = (
+    *(
+        "the cat",
+        "Hello",
+        " Hello",
+        "  ",
+        "   ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\t\t ",
+        "\r\n",
+        " ",
+        " a",
+        "un",
+        "believable",
+        "'s",
+    ),
+    *(
+        "'",
+        "!'",
+        "ll",
+        "I've",
+        "x = 1",
+        "3.14",
+        "-",
+        "def f(x):\n    return",
+        "Größe",
+        "naïve",
+        "日本語",
+        "слово",
+        "e\u0301",
+    ),
+    *(
+        "😀",
+        "👩‍🚀",
+        "\u00a0",
+        "\u3000",
+        "\ufffd",
+        "\x00",
+        "\x7f",
+        "\u2028",
+        "<0x41>",
+        "<s>x",
+        "̈",
+        "🇩🇪",
+        "ﬁ",
+        "\U0010ffff",
+    ),
+)
+# U+2581 is how byte-fallback tokenizers write a space: they cannot tell the two apart.
+characters = st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])
+fragments = st.lists(st.sampled_from(FRAGMENTS) | st.text(characters, max_size=3), max_size=6).map("".join)
+broken = st.lists(fragments.map(str.encode) | st.binary(max_size=3), max_size=4).map(b"".join)
+
+
+def folder(name: str) -> Path:
+    """The folder of a tokenizer; skips where it is absent."""
+    if not FOLDERS[name].is_dir():
+        pytest.skip(f"{FOLDERS[name].relative_to(ROOT.parent)} is absent: it is real test data beside the repository")
+    return FOLDERS[name]
+
+
+@cache
+def tokenizer(name: str) -> Tokenizer:
+    """The tokenizer as it stands in its file."""
+    return Tokenizer.from_file(str(folder(name) / "tokenizer.json"))
+
+
+@cache
+def table(name: str) -> ByteTable:
+    """Its byte table."""
+    return ByteTable.of(folder(name))
+
+
+@cache
+def segmenter(name: str) -> Segmenter:
+    """Its segmenter."""
+    return Segmenter.of(folder(name))
+
+
+def strings(documents: dict[str, list[Document]], seed: int) -> list[str]:
+    """Natural passages and random ones, half each, cut and joined at random places."""
+    rng = random.Random(seed)
+    natural = "\n".join(document.text for document in documents["test"]).replace("\u2581", "")
+    special = ("<s>", "</s>", "<unk>", "<|endoftext|>")  # read as special tokens, which are no text
+    found = []
+    while len(found) < STRINGS:
+        start, size = rng.randrange(len(natural)), rng.randint(1, 60)
+        mixed = "".join(rng.choice(FRAGMENTS) for _ in range(rng.randint(1, 6)))
+        text = natural[start : start + size] if len(found) % 2 else mixed
+        for name in special:
+            text = text.replace(name, "")
+        found.append(text)
+    return found
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_bytes_of_the_tokens_add_up_to_the_text(name: str, documents: dict[str, list[Document]]) -> None:
+    texts = strings(documents, seed=len(name))
+    encodings = tokenizer(name).encode_batch_fast(texts)
+    wrong = [
+        text for text, encoding in zip(texts, encodings, strict=True) if table(name).join(encoding.ids) != text.encode()
+    ]
+    assert wrong[:3] == []
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@given(text=fragments.filter(lambda text: "<s>" not in text))
+@example("")
+@example(" ")
+@example("  two before, two after  ")
+@example("\n\tline\n")
+def test_bytes_of_the_tokens_add_up_to_any_text(name: str, text: str) -> None:
+    assert table(name).join(tokenizer(name).encode(text).ids) == text.encode()
+
+
+@pytest.mark.parametrize("name", BASES)
+@given(data=broken)
+def test_segments_add_up_to_any_bytes(name: str, data: bytes) -> None:
+    (ids,) = segmenter(name).segment([data])
+    joined = b"".join(table(name).pieces[token] or b"?" for token in ids)
+    if table(name).family == BYTE_FALLBACK:  # a literal U+2581 is read as a space
+        data = data.replace("\u2581".encode(), b" ")
+    assert joined == data
+
+
+@pytest.mark.parametrize("name", BASES)
+@given(text=fragments.filter(lambda text: "<s>" not in text))
+def test_segments_with_the_start_of_the_text_are_the_tokenizers_own(name: str, text: str) -> None:
+    own = tokenizer(name).encode(text, add_special_tokens=False).ids
+    start = table(name).prefix if text else b""
+    assert segmenter(name).segment([start + text.encode()]) == [own]
+
+
+@pytest.mark.parametrize("name", BASES)
+@given(first=broken, second=broken, before=st.sampled_from(["", "a", "'", " ", "it'r"]))
+@example(first=b"it'r", second=b"e cold", before="")
+@example(first=b"a  ", second=b"b", before="")
+@example(first=b"!", second=b"'s", before="")
+@settings(max_examples=60)
+def test_segments_do_not_cross_a_safe_cut(name: str, first: bytes, second: bytes, before: str) -> None:
+    of = segmenter(name)
+    text = of.characters(first + second)
+    for cut in range(1, len(text)):
+        if of.is_safe(text, cut):
+            left, right = (part.encode("utf-8", "surrogateescape") for part in (text[:cut], text[cut:]))
+            context = before.encode()
+            whole, start, rest = of.segment([context + left + right, context + left, right])
+            assert whole == start + rest
+
+
+@pytest.mark.parametrize("name", BASES)
+@given(text=fragments, more=fragments)
+def test_the_last_stretch_is_all_that_a_continuation_can_change(name: str, text: str, more: str) -> None:
+    of = segmenter(name)
+    prefix = of.table.prefix
+    stretch = of.last_stretch(text)
+    settled = (prefix + text.encode()).removesuffix(stretch)
+    parts = of.segment([prefix + (text + more).encode(), settled, stretch + more.encode()])
+    assert parts[0] == parts[1] + parts[2]
+
+
+@pytest.mark.parametrize("name", ["port-llama", "tinyllama", "expert-phi", "gpt2"])
+def test_ordinary_text_has_safe_cuts(name: str) -> None:
+    of = segmenter(name)
+    assert of.has_safe_cut("the cat") and not of.has_safe_cut(" the")
+    assert not of.has_safe_cut("the cat", start=3)
+    assert of.last_stretch("I saw the cat") == b" cat"
+    assert of.last_stretch("cat") == of.table.prefix + b"cat"
+
+
+def test_characters_wait_for_their_last_byte() -> None:
+    of = segmenter("port-llama")
+    emoji = "😀".encode()
+    assert [of.characters(b"a" + emoji[:k]) for k in range(5)] == ["a", "a", "a", "a", "a😀"]
+    assert of.characters(emoji[:2] + b"a") == "\udcf0\udc9fa"  # nothing can complete it any more
+    assert of.characters("a\u2581b".encode()) == "a b"
+
+
+def test_special_tokens_and_padding_ids_have_no_bytes() -> None:
+    found = ByteTable.of(MODELS / "expert-phi", 5200)
+    assert found.family == BYTE_LEVEL and found.end == 0
+    assert [token for token, piece in enumerate(found.pieces) if piece is None] == [0, *range(5120, 5200)]
+    llama = table("port-llama")
+    assert llama.end == 2 and [token for token, piece in enumerate(llama.pieces) if piece is None] == [0, 1, 2]
+    assert found.join([0, 5199]) == b""
+
+
+def test_a_byte_piece_gives_way_to_a_piece_of_equal_bytes() -> None:
+    llama = table("port-llama")
+    letter = tokenizer("port-llama").token_to_id("a")
+    assert llama.pieces[llama.byte_ids[0x61]] == llama.pieces[letter] == b"a"
+    assert llama.ids_of[b"a"] == letter and letter not in llama.byte_ids
+    assert llama.ids_of[b"\xff"] == llama.byte_ids[0xFF]
+
+
+def test_phi2_and_tinyllama_have_the_expected_tables() -> None:
+    phi = ByteTable.of(folder("phi2"), 51200)
+    assert sum(piece is not None for piece in phi.pieces) == 50294 and phi.end == 50256
+    assert phi.pieces[50257] == 31 * b" " and phi.pieces[50294] == b"\t\t" and phi.pieces[50295:] == (None,) * 905
+    llama = table("tinyllama")
+    texts = [piece for piece in llama.pieces if piece is not None]
+    assert (len(texts), len(texts) - len(set(texts))) == (31997, 96)
+    assert not {llama.ids_of[piece] for piece in texts if len(piece) > 1} & set(llama.byte_ids)
+
+
+@pytest.mark.parametrize("name", ["port-llama", "expert-phi"])
+def test_file_folder_and_loaded_tokenizer_give_the_same_table(name: str) -> None:
+    inside = f"models/{name}"  # from the repository root
+    assert ByteTable.of(inside) == table(name) == ByteTable.of(FOLDERS[name] / "tokenizer.json")
+    assert ByteTable.of(tokenizer(name)) == table(name)
+
+
+def changed(tmp_path: Path, name: str, **changes: object) -> Path:
+    """A copy of a tokenizer's file with top-level entries replaced."""
+    layout = json.loads((MODELS / name / "tokenizer.json").read_text(encoding="utf-8"))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(layout | changes), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordPiece", "WordLevel"])
+def test_an_unknown_family_is_refused(tmp_path: Path, kind: str) -> None:
+    path = changed(tmp_path, "port-llama", model={"type": kind, "vocab": {}})
+    with pytest.raises(ValueError, match=rf"a {kind} tokenizer with decoder .* does not give the exact bytes.*: use a"):
+        ByteTable.of(path)
+
+
+@pytest.mark.parametrize("decoder", [None, {"type": "Metaspace"}, {"type": "BPEDecoder"}])
+def test_an_unknown_decoder_is_refused(tmp_path: Path, decoder: object) -> None:
+    with pytest.raises(ValueError, match=r"a BPE tokenizer with decoder (none|Metaspace|BPEDecoder) does not give"):
+        ByteTable.of(changed(tmp_path, "expert-phi", decoder=decoder))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer '.*none' does not exist: name a tokenizer.json or its folder"):
+        ByteTable.of(tmp_path / "none")
+
+
+def test_fewer_logits_than_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="has 4096 tokens but the model 4095 logits: use its own tokenizer"):
+        ByteTable.of(MODELS / "port-llama", 4095)
+
+
+def test_a_piece_outside_the_byte_alphabet_is_refused(tmp_path: Path) -> None:
+    layout = json.loads((MODELS / "expert-phi" / "tokenizer.json").read_text(encoding="utf-8"))
+    model = layout["model"] | {"vocab": layout["model"]["vocab"] | {"日": 5120}}
+    with pytest.raises(ValueError, match="piece '日' is not written in the byte alphabet: mark it as an added token"):
+        ByteTable.of(changed(tmp_path, "expert-phi", model=model))
+
+
+def test_a_normalizer_that_changes_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"normalizer .*NFKC.* changes text in a way .* do not know: use a tokenizer"):
+        ByteTable.of(changed(tmp_path, "port-llama", normalizer={"type": "NFKC"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("port-llama", {"pre_tokenizer": {"type": "Whitespace"}}),
+        ("expert-phi", {"pre_tokenizer": None}),
+        ("expert-phi", {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}),
+        ("expert-phi", {"normalizer": {"type": "NFC"}}),
+    ],
+)
+def test_a_base_whose_segments_depend_on_more_than_merges_is_refused(
+    tmp_path: Path, name: str, changes: dict[str, object]
+) -> None:
+    path = changed(tmp_path, name, **changes)
+    assert ByteTable.of(path) == table(name)  # an expert may have it: only bytes matter there
+    with pytest.raises(ValueError, match="has segments that the bridge does not know: use a Llama- or GPT-2-style"):
+        Segmenter.of(path)
+
+
+def test_a_base_with_added_tokens_that_are_text_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"has 38 added tokens that are text \('  .*found before any merge: use a base"
+    ):
+        Segmenter.of(folder("phi2"))
