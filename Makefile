@@ -1,8 +1,10 @@
 # paper · test · lab · refresh · clean; each creates the environment first if it is not there.
 # make paper PROFILE=laptop    other models, see notebooks/profiles/
 # make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
+# make test NOTEBOOKS=...      nbval on these notebooks alone
 
 PROFILE ?= micro
+NOTEBOOKS ?= notebooks
 BIN := .venv/bin
 export PROFILE
 
@@ -17,7 +19,7 @@ test: install
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
-	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-cell-timeout=900 notebooks
+	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-cell-timeout=900 $(NOTEBOOKS)
 
 lab: install
 	cd notebooks && ../$(BIN)/jupyter lab

@@ -130,18 +130,24 @@ class Bridge:
         It ends early at `delta` unresolved mass; no call is one step in context. `expert` must
         be bound to `text` (as `Continuations` is). Raises `ValueError` for an empty text.
         """
+        return self.trace(expert, text, [calls], delta)[0]
+
+    def trace(self, expert: Expert, text: str, budgets: Sequence[int], delta: float = 1e-3) -> list[Bridged]:
+        """What `look_ahead` has found when each of the rising `budgets` of calls is spent, in one search."""
         if not text:
             raise ValueError("there is no text before the token to predict: give a context")
         search = _Search(self, text, delta)
         search.start(self.text_only(expert([[]])).double()[0])
-        used = 0
-        while used < calls and search.unresolved > delta:
-            nodes = search.heaviest(min(max(FEWEST, min(used // FEWEST, MOST)), calls - used))
-            p = self.text_only(expert([node.tokens for _, node in nodes])).double()
-            for (mass, node), row in zip(nodes, p, strict=True):
-                search.follow(node, mass * row)
-            used += len(nodes)
-        return search.result(used)
+        used, found = 0, []
+        for budget in budgets:
+            while used < budget and search.unresolved > delta:
+                nodes = search.heaviest(min(max(FEWEST, min(used // FEWEST, MOST)), budget - used))
+                p = self.text_only(expert([node.tokens for _, node in nodes])).double()
+                for (mass, node), row in zip(nodes, p, strict=True):
+                    search.follow(node, mass * row)
+                used += len(nodes)
+            found.append(search.result(used))
+        return found
 
     def reference(self, expert: Expert, text: str, delta: float = 1e-4, calls: int = 4096) -> Bridged:
         """Look-ahead until the distribution is exact up to `delta` in total variation, or `calls` are spent."""
@@ -227,8 +233,8 @@ class _Search:
         self._grow_rests()
 
     def result(self, calls: int) -> Bridged:
-        """What was found, unresolved texts cut as if they ended there."""
-        unresolved = self.unresolved
+        """What was found, unresolved texts cut as if they ended there; the search can go on."""
+        unresolved, so_far = self.unresolved, (self.q.copy(), self.aside.copy())
         for mass, _, node in self.texts:
             self._add(node, -mass)
         for _, _, rest in self.rests:
@@ -236,7 +242,9 @@ class _Search:
                 self._add(rest.node, float(rest.masses.sum()))
             else:
                 self._add_tokens(rest.tokens, rest.masses)
-        return Bridged(torch.from_numpy(self.q), min(unresolved, 1.0), torch.from_numpy(self.aside), calls)
+        found = Bridged(torch.from_numpy(self.q), min(unresolved, 1.0), torch.from_numpy(self.aside), calls)
+        self.q, self.aside = so_far
+        return found
 
     def _seams(self, before: bytes) -> Bool[Tensor, "v_e"]:
         safe, end = self.bridge.seams(before), self.bridge.expert.end

@@ -3,8 +3,8 @@
 `SyntheticExpert` edits the base's last state by a low-rank map, h_e = h + s (h U) V^T, and
 shares its head: the expert of both earlier studies, with its strength s set by effect. The
 others read prompts (`Expert`): that edit on a base, a bias on its logits, a sibling
-checkpoint, and the text bridge. Cost: one pass over the prompts, kept by `states.collect`; the
-text bridge besides generates, which is not kept.
+checkpoint, the text bridge, and the byte-exact bridge from another tokenizer. Cost: one pass over the
+prompts, kept by `states.collect`; the text bridge besides generates and the other looks ahead, which is not kept.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,16 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from scipy.optimize import brentq
 from torch import Tensor
+from tqdm import tqdm
 
+from chassis_utils.bridge import Bridge, Continuations
 from chassis_utils.metrics import kl_divergence
 from chassis_utils.models import Head, LanguageModel
 from chassis_utils.states import batches, collect, encode
 
 STRONGEST = 2.0**30  # where the search for a strength gives up: the softmax is one token long before
 SPREAD = 0.01  # standard deviation of the entries of U and V, as in the first study
+FLOOR = 1e-3  # the base's share of a bridged distribution, so that no token is impossible
 BOOST = 4.0  # added by the study's logit-bias expert, for each of these strings
 BOOSTED = (
     *"0123456789+-*/=^",
@@ -164,6 +167,33 @@ class Rescored:
         written = continuations(self.expert, prompts, self.tokens)
         texts = [f"{prompt} {continuation}" for prompt, continuation in zip(prompts, written, strict=True)]
         return self.base.head(collect(self.base, texts)[-1])
+
+
+@dataclass(frozen=True)
+class BridgedExpert:
+    """A model with another tokenizer, its next-token distribution carried over by the byte-exact bridge.
+
+    `calls` texts are looked ahead at each prompt; none is one step. What the bridge gives no mass keeps
+    the base's own order: the logits are those of (1 - `FLOOR`) q + `FLOOR` p_base.
+    """
+
+    base: LanguageModel
+    model: LanguageModel
+    bridge: Bridge
+    calls: int = 0
+
+    def logits(self, prompts: Sequence[str]) -> Float[Tensor, "n vocab"]:
+        """Logarithms of the bridged probabilities above the floor; `ValueError` as of `states.collect`."""
+        if self.calls:
+            bar = tqdm(prompts, desc=f"bridge from {self.model.name}", disable=None, leave=False)
+            q = torch.stack([self._ahead(prompt) for prompt in bar])
+        else:
+            q = self.bridge.one_step(self.model.head(collect(self.model, prompts)[-1]).softmax(-1))[0].double()
+        own = self.base.head(collect(self.base, prompts)[-1]).softmax(-1, dtype=torch.float64)
+        return ((1 - FLOOR) * q + FLOOR * own).log().float()
+
+    def _ahead(self, prompt: str) -> Float64[Tensor, "vocab"]:
+        return self.bridge.look_ahead(Continuations(self.model, prompt), prompt, self.calls).q
 
 
 @torch.inference_mode()

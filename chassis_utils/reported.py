@@ -4,6 +4,7 @@ Each docstring names the flaw and the function to use instead. Nothing else in t
 depends on this module.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,10 @@ class MethodA:
     path: RankPath  # of the map from states to the changes of those logits
     columns: Int[Tensor, "k"]
     head: Head
+
+    def ranks(self, sweep: Sequence[int]) -> list[int]:
+        """Those of a sweep that it has: no more than its columns."""
+        return [rank for rank in sweep if rank <= len(self.path.singular_values)]
 
     def at(self, rank: int) -> Adapter:
         """The adapter of one rank, in vocabulary coordinates, zero for all other tokens."""

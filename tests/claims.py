@@ -114,10 +114,49 @@ def fft_results(table: pd.DataFrame, rank: int) -> None:
     assert len(patched) == 10 and (patched["corrected_kl"] < patched["kl"]).all()
 
 
+def logit_bias(table: pd.DataFrame, rank: int) -> None:
+    assert (table.loc[table["variant"] == "corrected", "kl"] < EXACT).all()
+    assert (table.loc[table["variant"] == "as_reported", "gap_closed"] < 0.9).all()
+
+
+def same_tokenizer_expert(table: pd.DataFrame, rank: int) -> None:
+    best = table.pivot_table(index="family", columns="variant", values="kl", aggfunc="min")
+    assert (best["logit_arithmetic"] <= best[["corrected", "refined"]].min(axis=1)).all()  # the bound
+    asked = best.loc[["math", "reasoning"]]
+    assert (asked["corrected"] < 0.5 * asked["as_reported"]).all()
+
+
+def text_bridge(table: pd.DataFrame, rank: int) -> None:
+    kl = table.set_index("variant")["kl"]
+    assert kl["rescored_target"] > table["base_kl"].iloc[0]  # reaching the target would be worse than nothing
+    assert kl["corrected"] < kl[["as_reported", "closed_form"]].min()
+
+
+def bridge_quality(table: pd.DataFrame, rank: int) -> None:
+    distance = table.set_index("variant")["total_variation"]
+    assert distance["byte_exact"] <= 0.25 * distance["stage_a"]
+    assert distance["look_ahead_16"] <= 0.02
+
+
+def bridge_adapter(table: pd.DataFrame, rank: int) -> None:
+    best = table.groupby("variant")["kl"].min()
+    assert best["corrected"] < best[["as_reported", "stage_b", "byte_exact", "closed_form"]].min()
+
+
+def semantic_bridge(table: pd.DataFrame, rank: int) -> None:
+    best = table.groupby("variant")["kl"].min()
+    assert best["one_step"] < best["distilled"] < best["adapter"]
+
+
+def port(table: pd.DataFrame, rank: int) -> None:
+    assert (table.loc[table["variant"].isin(["synthetic", "bias"]), "kl"] < EXACT).all()
+
+
 CLAIMS: dict[str, Callable[[pd.DataFrame, int], None]] = {
     claim.__name__: claim
     for claim in (
         *(exact_adapter, hidden_alignment, lens_kl, rank_sweep, multilayer_rank_sweep, stacking),
+        *(logit_bias, same_tokenizer_expert, text_bridge, bridge_quality, bridge_adapter, semantic_bridge, port),
         *(fft_output_errors, fft_patching, fft_calibration, fft_results),
         *(hidden_to_hidden, gradient_refinement, comparison, stress_test),
     )

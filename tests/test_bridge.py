@@ -279,6 +279,16 @@ def test_look_ahead_stops_at_delta_and_at_its_calls() -> None:
     assert 0 < loose.unresolved <= 0.2 and loose.calls < toy.bridge.reference(toy, toy.context, 1e-9).calls
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_trace_is_the_look_ahead_of_each_budget(seed: int) -> None:
+    toy = Toy(seed, BYTE_FALLBACK)
+    budgets = [0, 4, 8, 16]  # whole batches, so that both ask the same texts
+    for budget, found in zip(budgets, toy.bridge.trace(toy, toy.context, budgets, 1e-9), strict=True):
+        alone = toy.bridge.look_ahead(toy, toy.context, budget, 1e-9)
+        assert torch.equal(found.q, alone.q) and found.calls == alone.calls
+        assert found.unresolved == alone.unresolved and torch.equal(found.aside, alone.aside)
+
+
 def hard(toy: Toy) -> bool:
     """Whether twenty calls leave something unresolved."""
     return toy.bridge.look_ahead(toy, toy.context, 20, 1e-9).unresolved > 0.01
@@ -338,7 +348,7 @@ def test_a_pre_tokenizer_reads_what_stands_before() -> None:
     base = Segmenter.of(MODELS / "expert-phi")
     bridge = Bridge.of(base, ByteTable((b"'s", b" x"), None, BYTE_LEVEL))
     quote, contraction, word = (base.table.ids_of[piece] for piece in (b"'", b"'s", b" x"))
-    p = torch.tensor([[0.25, 0.75]])
+    p = torch.tensor([[0.25, 0.75]]).repeat(2, 1)
     after_word, after_sign = bridge.in_context(p, ["it", "it!"])  # "!'" is one word there, and "s" the next
     assert (float(after_word.q[contraction]), float(after_sign.q[quote])) == (0.25, 0.25)
     assert after_word.q[word] == after_sign.q[word] == 0.75

@@ -24,6 +24,7 @@ SMALL |= {
     "inner": 344,
     "rounds": 2,
 }
+SIBLING = {"sibling": str(STORIES.parent / "llama2xs"), "n_train": 800}  # questions enough to hold some out of a third
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROFILE = "test-stories260k"  # results go where a profile's do, so that one notebook finds another's tables
 
@@ -42,7 +43,8 @@ def results() -> Path:
 def test_a_notebook_runs_on_another_base(path: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHASSIS_RESULTS", str(results))
     notebook = Notebook.read(path)
-    parameters = {name: value for name, value in SMALL.items() if name in notebook.parameters}
+    small = SMALL | (SIBLING if "sibling" in notebook.parameters else {})
+    parameters = {name: value for name, value in small.items() if name in notebook.parameters}
     quiet = {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=40"]}
     papermill.execute_notebook(
         path, results / path.name, parameters | {"base": str(STORIES), "profile": PROFILE}, **quiet

@@ -1,0 +1,61 @@
+"""Compare the outputs of the notebooks that papermill has run with the committed ones, by the rule that nbval follows.
+
+`make paper` has just executed every notebook; running each of them once more to compare its outputs would double the
+checks' time. Cells whose outputs are measured times are tagged `nbval-ignore-output`, as for nbval itself.
+"""
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from chassis_utils.paths import BUILD, ROOT
+
+agree = runpy.run_path(str(ROOT / "notebooks" / "conftest.py"))["agree"]  # `conftest` is the name of two modules
+INJECTED, IGNORED = "injected-parameters", "nbval-ignore-output"
+TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
+
+
+def cells(path: Path) -> list[dict]:
+    """Code cells as they are written, without the one that papermill adds."""
+    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [c for c in found if c["cell_type"] == "code" and INJECTED not in c["metadata"].get("tags", [])]
+
+
+def shown(cell: dict) -> Iterator[tuple[str, str]]:
+    """What a cell shows, by kind; of pictures that they are there."""
+    for output in cell["outputs"]:
+        if "text" in output:
+            yield output["name"], "".join(output["text"])
+        for kind, data in output.get("data", {}).items():
+            yield kind, "".join(data) if kind in TEXTS else ""
+
+
+def differences(new: Path, stored: Path) -> list[str]:
+    """What disagrees, one line each."""
+    ours, theirs = cells(new), cells(stored)
+    if ["".join(c["source"]) for c in ours] != ["".join(c["source"]) for c in theirs]:
+        return [f"{stored.name}: the run is of other code than the notebook's: run `make paper`"]
+    found = []
+    for one, other in zip(ours, theirs, strict=True):
+        if IGNORED in other["metadata"].get("tags", []):
+            continue
+        texts, expected = list(shown(one)), list(shown(other))
+        same = [kind for kind, _ in texts] == [kind for kind, _ in expected]
+        if not same or not all(agree(a, b) for (_, a), (_, b) in zip(texts, expected, strict=True)):
+            found.append(f"{stored.name}: {other['id']} shows {texts} instead of {expected}"[:2000])
+    return found
+
+
+def main() -> None:
+    """Compare every notebook."""
+    stored = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    failures = [line for path in stored for line in differences(BUILD / "micro" / "notebooks" / path.name, path)]
+    print(f"outputs of {len(stored)} notebooks compared with the committed ones")
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+if __name__ == "__main__":
+    main()
