@@ -4,9 +4,10 @@ A block is C[i, j] = c[(i - j) mod B]: its first column c is all it holds. It is
 convolution, so with hats for the DFT of each block of inputs, of outputs and of c,
 y_f = sum over input blocks of c_f x_f at each of the F = B/2 + 1 frequencies that real numbers
 have. Parameters: in * out / B. Cost per token: in * out / 2B complex multiplications, and the
-transforms of each block, B log B by FFT and B^2 as a product. Three ways (`PATHS`):
+transforms of each block, B log B by FFT and B^2 as a product. Four ways (`PATHS`):
 
-- `fft`: rfft, a complex product at each frequency, irfft.
+- `pointwise`: rfft, the products of all pairs of blocks as they lie in memory, their sums, irfft; for each token.
+- `fft`: rfft, a complex matrix product at each frequency, irfft.
 - `gemm4`: the DFT as a real matrix product x E; at each frequency one real product
   [re im] [[c, d], [-d, c]] that holds the four of a complex one; the inverse DFT as y Q.
 - `gemm3`: the same with Gauss's three products in place of four,
@@ -23,17 +24,21 @@ import torch
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 
-ProductPath = Literal["fft", "gemm3", "gemm4"]
-PATHS: tuple[ProductPath, ...] = ("fft", "gemm3", "gemm4")
+ProductPath = Literal["pointwise", "fft", "gemm3", "gemm4"]
+PATHS: tuple[ProductPath, ...] = ("pointwise", "fft", "gemm3", "gemm4")
+FEW_TOKENS = 4  # up to here `pointwise` is the fastest path of large blocks
 
 
 def fastest_path(tokens: int, block_size: int, dtype: torch.dtype) -> ProductPath:
-    """The path that was fastest for such a shape on one core of a CPU with AVX-512.
+    """The path that was fastest for such a shape on one core of a CPU.
 
-    The FFT wins for several tokens and large blocks in float32; half precision it would have
-    to leave, and float64 has no fast complex products in torch. Gauss saves products and adds
-    rows to E and Q, which cost more the larger the block.
+    A few tokens only read the spectrum, which large blocks do fastest as it lies in memory; the FFT
+    wins for several tokens and large blocks in float32. Half precision it would have to leave, and
+    float64 has no fast complex matrix products in torch. Gauss saves products and adds rows to E and Q, which
+    cost more the larger the block.
     """
+    if 0 < tokens <= FEW_TOKENS and block_size >= 128:
+        return "pointwise"
     if tokens >= 8 and block_size >= 64 and dtype == torch.float32:
         return "fft"
     return "gemm3" if block_size < 128 else "gemm4"
@@ -63,7 +68,8 @@ class BlockCirculantLinear(nn.Module):
     The spectrum of c is computed once and kept while no gradient for c is asked for. Whatever
     changes c through torch (an optimiser, `load_state_dict`, `.to`, assignment) makes it
     stale and computed again; writing through `c.data` does so behind torch's back and is
-    not noticed. Under `torch.compile` looking up the kept spectrum is a graph break.
+    not noticed, and a layer made inside `torch.inference_mode` computes it at every call (make it outside).
+    Under `torch.compile` looking up the kept spectrum is a graph break.
 
     Starts at zero; filled by `from_linear`, by `projections` or from a state dict. Raises
     `ValueError` for a block size below 1 or above both sizes.
@@ -177,8 +183,10 @@ def average(weight: Float[Tensor, "out in"], block_size: int) -> Float64[Tensor,
 
 
 def _spectrum(c: Float[Tensor, "p q block"], path: ProductPath) -> Shaped[Tensor, "groups q_ p_"]:
-    """What the inputs of each group are multiplied by: complex c_f for the FFT, else real combinations of its parts."""
+    """What the inputs of each group are multiplied by: complex c_f for an FFT, else real combinations of its parts."""
     hat = torch.fft.rfft(c.to(_working(c.dtype))).permute(2, 1, 0)
+    if path == "pointwise":
+        return hat.permute(1, 2, 0).contiguous()
     if path == "fft":
         return hat.contiguous()
     re, im = hat.real, hat.imag
@@ -192,10 +200,13 @@ def _product(
     blocks: Float[Tensor, "n q block"], spectrum: Shaped[Tensor, "groups q_ p_"], path: ProductPath
 ) -> Float[Tensor, "n d_y"]:
     n, q, block = blocks.shape
-    if path == "fft":
-        hat = torch.fft.rfft(blocks.to(_working(blocks.dtype))).permute(2, 0, 1)
-        y = torch.fft.irfft(torch.bmm(hat, spectrum).permute(1, 2, 0), n=block)
-        return y.reshape(n, -1).to(blocks.dtype)
+    if path in ("pointwise", "fft"):
+        hat = torch.fft.rfft(blocks.to(_working(blocks.dtype)))
+        if path == "pointwise":
+            y_hat = torch.stack([(spectrum * token[:, None]).sum(0) for token in hat])
+        else:
+            y_hat = torch.bmm(hat.permute(2, 0, 1), spectrum).permute(1, 2, 0)
+        return torch.fft.irfft(y_hat, n=block).reshape(n, -1).to(blocks.dtype)
     parts = 2 if path == "gemm4" else 1  # real and imaginary part share a product, or have their own
     groups, _, columns = spectrum.shape
     p = columns // parts

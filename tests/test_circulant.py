@@ -101,7 +101,7 @@ def test_float64_is_exact_to_rounding(path: ProductPath) -> None:
 @paths
 def test_no_token_gives_no_output(path: ProductPath) -> None:
     layer = drawn((6, 8, 2))
-    layer.path = path if path != "fft" else None  # torch has no FFT of nothing
+    layer.path = path if path.startswith("gemm") else None  # torch has no FFT of nothing
     assert layer(torch.empty(2, 0, 6)).shape == (2, 0, 8)
 
 
@@ -340,4 +340,9 @@ def test_a_block_size_that_does_not_fit_is_refused(block: int) -> None:
 def test_the_fft_is_for_many_float32_tokens_in_large_blocks() -> None:
     assert fastest_path(512, 128, torch.float32) == "fft"
     assert {fastest_path(1, block, torch.float32) for block in (4, 64)} == {"gemm3"}
-    assert {fastest_path(tokens, 256, torch.bfloat16) for tokens in (1, 512)} == {"gemm4"}
+    assert fastest_path(512, 256, torch.bfloat16) == "gemm4"
+
+
+def test_a_few_tokens_in_large_blocks_take_the_plain_product() -> None:
+    assert {fastest_path(tokens, 128, torch.float32) for tokens in (1, 4)} == {"pointwise"}
+    assert fastest_path(0, 128, torch.float32) == "gemm4"  # torch has no FFT of nothing
