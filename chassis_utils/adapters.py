@@ -55,7 +55,7 @@ class Adapter:
 
     def logits(self, h: Shaped[Tensor, "n d"], head: Head) -> Shaped[Tensor, "n vocab"]:
         """The adapted logits; `ValueError` for a head that the adapter was not fitted to."""
-        self._check(head)
+        self.check(head)
         if self.space == "state":
             product = head.product(h.double() + self.edit(h))
         else:
@@ -91,10 +91,11 @@ class Adapter:
             raise ValueError(f"adapter {folder.name!r} has format {config['format']}, {FORMAT} is read: save it anew")
         tensors = {name: tensor.double() for name, tensor in load_file(folder / WEIGHTS).items()}
         adapter = cls(space=config["space"], head=config["head"], **tensors)
-        adapter._check(head)
+        adapter.check(head)
         return adapter
 
-    def _check(self, head: Head) -> None:
+    def check(self, head: Head) -> None:
+        """Raise `ValueError` for a head that the adapter was not fitted to."""
         if self.head != head.fingerprint:
             raise ValueError(
                 f"this adapter was fitted to the head {self.head}, not to {head.fingerprint}: "

@@ -113,7 +113,7 @@ class Port:
         """
         if name in self._plugged:
             raise ValueError(f"an adapter is plugged in as {name!r} already: unplug it first, or use another name")
-        adapter._check(self.model.head)
+        adapter.check(self.model.head)
         weight = self._output.get_parameter("weight")
 
         def prepared(down: Tensor, up: Tensor, shift: Tensor) -> _Edit:

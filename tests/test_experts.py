@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import GPT2Config
 
 from chassis_utils.adapters import Adapter
+from chassis_utils.bridge import Bridge, Continuations
 from chassis_utils.experts import (
     BOOSTED,
+    BridgedExpert,
     Edited,
     Expert,
     LogitBias,
@@ -25,6 +27,7 @@ from chassis_utils.experts import (
 )
 from chassis_utils.metrics import kl_divergence
 from chassis_utils.models import Head, LanguageModel, load
+from chassis_utils.states import collect
 
 WIDTH = 12
 
@@ -236,3 +239,21 @@ def test_a_prompt_that_cannot_be_continued_is_refused(tiny_gpt2: LanguageModel) 
         continuations(tiny_gpt2, ["word word"], 65 - count)
     with pytest.raises(ValueError, match="there are no prompts for the model to read"):
         continuations(tiny_gpt2, [], 4)
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_bridged_expert_says_what_the_bridge_says_above_the_floor(calls: int) -> None:
+    base, other = load("models/port-llama"), load("models/expert-phi")
+    bridge = Bridge.between(base, other)
+    expert = BridgedExpert(base, other, bridge, calls)
+    assert isinstance(expert, Expert)
+    texts = ["Returns the sum of", "What is 3 + 4?"]
+    p = other.head(collect(other, texts)[-1]).softmax(-1)
+    if calls:
+        q = torch.stack([bridge.look_ahead(Continuations(other, text), text, calls).q for text in texts])
+    else:
+        q = bridge.one_step(p)[0].double()
+    own = base.head(collect(base, texts)[-1]).double().softmax(-1)
+    found = expert.logits(texts).double().softmax(-1)
+    torch.testing.assert_close(found, 0.999 * q + 0.001 * own, rtol=1e-4, atol=1e-9)
+    assert (q == 0).any() and (found > 0).all()
