@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from jaxtyping import Float64, Shaped
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -37,6 +38,13 @@ class Adapter:
     shift: Float64[Tensor, "out"]
     head: str  # fingerprint of the head it belongs to
     intercept: Float64[Tensor, "vocab"] | None = None  # added to the head's product
+
+    @classmethod
+    def untouched(cls, head: Head, rank: int) -> "Adapter":
+        """One that edits nothing, in state coordinates: where a refinement may start."""
+        width = head.weight.shape[1]
+        down, up = (torch.zeros(width, rank, dtype=torch.float64) for _ in range(2))
+        return cls("state", down, up, torch.zeros(width, dtype=torch.float64), head.fingerprint)
 
     @property
     def rank(self) -> int:

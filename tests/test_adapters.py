@@ -313,3 +313,12 @@ def test_a_disk_that_fills_up_leaves_the_last_good_adapter(tmp_path: Path, monke
         random_adapter(1, head, 2).save_pretrained(tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
     torch.testing.assert_close(Adapter.from_pretrained(tmp_path, head).down, first.down.float().double())
+
+
+@given(seeds, st.integers(1, WIDTH))
+def test_an_untouched_adapter_is_the_base(seed: int, rank: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    head, h = Head(torch.randn(20, WIDTH, generator=generator)), torch.randn(5, WIDTH, generator=generator)
+    adapter = Adapter.untouched(head, rank)
+    assert adapter.rank == rank
+    torch.testing.assert_close(adapter.logits(h, head), head(h), rtol=1e-6, atol=1e-6)
