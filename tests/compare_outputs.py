@@ -7,7 +7,6 @@ checks' time. Cells whose outputs are measured times are tagged `nbval-ignore-ou
 import json
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from chassis_utils.paths import BUILD, ROOT
@@ -23,13 +22,17 @@ def cells(path: Path) -> list[dict]:
     return [c for c in found if c["cell_type"] == "code" and INJECTED not in c["metadata"].get("tags", [])]
 
 
-def shown(cell: dict) -> Iterator[tuple[str, str]]:
-    """What a cell shows, by kind; of pictures that they are there."""
+def shown(cell: dict) -> list[tuple[str, str]]:
+    """What a cell shows, by kind; of pictures that they are there. Lines printed together may come in pieces."""
+    found: list[tuple[str, str]] = []
     for output in cell["outputs"]:
         if "text" in output:
-            yield output["name"], "".join(output["text"])
-        for kind, data in output.get("data", {}).items():
-            yield kind, "".join(data) if kind in TEXTS else ""
+            kind, text = output["name"], "".join(output["text"])
+            if found and found[-1][0] == kind:
+                text = found.pop()[1] + text
+            found.append((kind, text))
+        found += [(kind, "".join(data) if kind in TEXTS else "") for kind, data in output.get("data", {}).items()]
+    return found
 
 
 def differences(new: Path, stored: Path) -> list[str]:
@@ -41,7 +44,7 @@ def differences(new: Path, stored: Path) -> list[str]:
     for one, other in zip(ours, theirs, strict=True):
         if IGNORED in other["metadata"].get("tags", []):
             continue
-        texts, expected = list(shown(one)), list(shown(other))
+        texts, expected = shown(one), shown(other)
         same = [kind for kind, _ in texts] == [kind for kind, _ in expected]
         if not same or not all(agree(a, b) for (_, a), (_, b) in zip(texts, expected, strict=True)):
             found.append(f"{stored.name}: {other['id']} shows {texts} instead of {expected}"[:2000])

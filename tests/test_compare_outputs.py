@@ -8,8 +8,8 @@ from compare_outputs import differences
 
 
 def write(path: Path, text: str, source: str = "print(1)", tags: tuple[str, ...] = (), injected: bool = False) -> Path:
-    output = {"output_type": "stream", "name": "stdout", "text": [text]}
-    cell = {"cell_type": "code", "id": "a", "metadata": {"tags": list(tags)}, "source": [source], "outputs": [output]}
+    outputs = [{"output_type": "stream", "name": "stdout", "text": [piece]} for piece in text.split("|")]
+    cell = {"cell_type": "code", "id": "a", "metadata": {"tags": list(tags)}, "source": [source], "outputs": outputs}
     extra = {**cell, "metadata": {"tags": ["injected-parameters"]}, "source": ["n = 2"]}
     path.write_text(json.dumps({"cells": [extra, cell] if injected else [cell]}))
     return path
@@ -18,6 +18,7 @@ def write(path: Path, text: str, source: str = "print(1)", tags: tuple[str, ...]
 def test_rounding_an_injected_cell_and_measured_times_pass(tmp_path: Path) -> None:
     stored = write(tmp_path / "stored.ipynb", "KL 0.1234")
     assert not differences(write(tmp_path / "new.ipynb", "KL 0.1235", injected=True), stored)
+    assert not differences(write(tmp_path / "new.ipynb", "KL| 0.12|34"), stored)
     stored = write(tmp_path / "stored.ipynb", "12 ms", tags=("nbval-ignore-output",))
     assert not differences(write(tmp_path / "new.ipynb", "900 ms"), stored)
 
