@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from chassis_utils.models import Head
-from chassis_utils.moments import Moments, merge
+from chassis_utils.moments import Moments, by_fold, merge
 from chassis_utils.paths import ROOT, write_atomically
-from chassis_utils.regression import RankPath, choose_penalty, reduced_rank, solve_symmetric
+from chassis_utils.regression import RankPath, choose_penalty, reduced_rank, solve_symmetric, vocabulary_metric
 
 FORMAT = 1  # of the files
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
@@ -118,6 +118,35 @@ def fit_path(
     if penalty is None:
         penalty, _ = choose_penalty(folds, metric)
     return reduced_rank(merge(folds), penalty, metric)
+
+
+@dataclass(frozen=True)
+class LogitFit:
+    """Every rank of the adapter fitted to an expert's logits, and the penalty that was chosen."""
+
+    path: RankPath
+    intercept: Float64[Tensor, "vocab"]
+    penalty: float
+    head: Head
+
+    def at(self, rank: int) -> Adapter:
+        """The adapter of one rank; 0 is the intercept alone. `ValueError` beyond its ranks."""
+        return at_rank(self.path, rank, self.head, self.intercept)
+
+
+def fit_logits(
+    h: Shaped[Tensor, "n d"], logits: Shaped[Tensor, "n vocab"], head: Head, folds: Sequence[int]
+) -> LogitFit:
+    """Adapters that bring the base's logits at states `h` to those of an expert of any kind.
+
+    The edits that come closest (`state_edits`) under the expert's mean probabilities are regressed on the
+    states in that metric, the penalty by K-fold.
+    """
+    likely = logits.softmax(-1).mean(0, dtype=torch.float64)
+    edits, intercept = state_edits(logits - head(h), head, likely)
+    moments, metric = by_fold(h, edits, folds), vocabulary_metric(head.weight, likely)
+    penalty, _ = choose_penalty(moments, metric)
+    return LogitFit(fit_path(moments, metric, penalty), intercept, penalty, head)
 
 
 def at_rank(path: RankPath, rank: int, head: Head, intercept: Float64[Tensor, "vocab"] | None = None) -> Adapter:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from chassis_utils.metrics import cosine, kl_divergence, l2, standard_error, top_overlap
+from chassis_utils.metrics import cosine, kl_divergence, kl_loss, l2, standard_error, top_overlap
 from chassis_utils.models import LanguageModel
 from chassis_utils.patching import patch
 from chassis_utils.paths import write_atomically
@@ -82,9 +82,7 @@ class Teacher:
         """Mean KL(teacher || student) over the positions of these prompts, in float32 at least."""
         student = token_logits(self.model, [self.ids[k] for k in batch], self.every_token)
         teacher = torch.cat([self.logits[k] for k in batch]).to(student.device)
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        log_p, log_q = (logits.to(dtype).log_softmax(-1) for logits in (teacher, student))
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        return kl_loss(teacher, student)
 
     @torch.no_grad()
     def mean(self) -> float:

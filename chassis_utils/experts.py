@@ -21,7 +21,7 @@ from tqdm import tqdm
 from chassis_utils.bridge import Bridge, Continuations
 from chassis_utils.metrics import kl_divergence
 from chassis_utils.models import Head, LanguageModel
-from chassis_utils.states import batches, collect, encode
+from chassis_utils.states import batches, collect, encode, reading_limit
 
 STRONGEST = 2.0**30  # where the search for a strength gives up: the softmax is one token long before
 SPREAD = 0.01  # standard deviation of the entries of U and V, as in the first study
@@ -221,7 +221,7 @@ def continuations(model: LanguageModel, prompts: Sequence[str], tokens: int) -> 
 
 
 def _check_room(model: LanguageModel, prompts: Sequence[str], ids: Sequence[list[int]], tokens: int) -> None:
-    limit = getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    limit = reading_limit(model)
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) + tokens > limit:
             raise ValueError(

@@ -15,9 +15,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from tqdm import tqdm
 
-from chassis_utils.calibration import token_logits
+from chassis_utils.calibration import Teacher, token_logits
+from chassis_utils.metrics import kl_loss
 from chassis_utils.models import LanguageModel
-from chassis_utils.states import batches, encode
+from chassis_utils.states import encode
 
 TARGETS = ("q_proj", "v_proj")  # what the LoRA paper adapts (Hu et al. 2022, section 4.2)
 
@@ -30,14 +31,9 @@ class LoRA:
     parameters: int
     losses: list[float]  # training KL of each pass, nats
 
-    @torch.no_grad()
     def logits(self, prompts: Sequence[str]) -> Float[Tensor, "n vocab"]:
         """Next-token logits; `ValueError` for prompts that cannot be read."""
-        ids = encode(self.model, prompts)
-        found = torch.empty(len(ids), len(self.model.head.weight), dtype=self.model.network.dtype)
-        for batch in batches(ids):
-            found[batch] = token_logits(self.model, [ids[k] for k in batch], every_token=False).cpu()
-        return found
+        return torch.cat(Teacher(self.model, prompts, every_token=False).logits)
 
 
 def equal_rank(model: LanguageModel, parameters: int) -> int:
@@ -78,9 +74,7 @@ def train_lora(
     for _ in tqdm(range(passes), desc="LoRA", disable=None, leave=False):
         total = 0.0
         for rows in torch.randperm(len(ids), generator=generator).split(batch):
-            log_p = expert[rows].float().log_softmax(-1)
-            log_q = token_logits(model, [ids[k] for k in rows.tolist()], every_token=False).float().log_softmax(-1)
-            loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+            loss = kl_loss(expert[rows], token_logits(model, [ids[k] for k in rows.tolist()], every_token=False))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

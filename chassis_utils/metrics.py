@@ -28,6 +28,13 @@ def _kl(
     return (p * (log_p - other.double().log_softmax(-1))).sum(-1).clamp_min(0.0)
 
 
+def kl_loss(expert: Shaped[Tensor, "n vocab"], student: Shaped[Tensor, "n vocab"]) -> Float[Tensor, ""]:
+    """Mean KL(expert || student) to train on, in the student's precision or float32, whichever is higher."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    log_p, log_q = (logits.to(dtype).log_softmax(-1) for logits in (expert, student))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
 def top_overlap(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"], k: int) -> Float[Tensor, "n"]:
     """Share of the expert's k most likely tokens that are among the other's k, per row; k = 1 is agreement."""
     first, second = expert.topk(k).indices, other.topk(k).indices

@@ -19,7 +19,7 @@ from jaxtyping import Float64, Shaped
 from torch import Tensor
 
 from chassis_utils.adapters import Adapter, at_rank
-from chassis_utils.metrics import Reference, clearly_lower
+from chassis_utils.metrics import Reference, clearly_lower, kl_loss
 from chassis_utils.models import Head
 from chassis_utils.moments import Moments
 from chassis_utils.regression import reduced_rank, solve_symmetric
@@ -96,9 +96,7 @@ def by_adam(
         order = torch.randperm(len(train.h), generator=generator).split(batch)
         losses = []
         for rows in order:
-            log_p = train.logits[rows].float().log_softmax(-1)
-            log_q = _logits(factors, start, head, train.h[rows].float()).log_softmax(-1)
-            loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+            loss = kl_loss(train.logits[rows], _logits(factors, start, head, train.h[rows].float()))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

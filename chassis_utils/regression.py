@@ -126,7 +126,7 @@ def choose_penalty(
     candidates = whole.xx.new_tensor([factor * unit for factor in relative])
     held_out = [_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds]
     errors = torch.stack(held_out).sum(0) / whole.n
-    rounding = ROUNDING * float((whole.yy_centred * metric).sum() / whole.n)
+    rounding = ROUNDING * max(0.0, float((whole.yy_centred * metric).sum() / whole.n))  # constant targets: noise
     best = float(candidates[errors <= errors.min() + rounding].max())
     return best, dict(zip(candidates.tolist(), errors.tolist(), strict=True))
 

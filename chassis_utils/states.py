@@ -62,13 +62,18 @@ def encode(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     ids = model.encode(texts)
     if not ids:
         raise ValueError("there are no prompts for the model to read: give at least one")
-    limit = getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    limit = reading_limit(model)
     for text, row in zip(texts, ids, strict=True):
         if not row:
             raise ValueError(f"prompt {text!r} has no tokens: remove it")
         if len(row) > limit:
             raise ValueError(f"prompt {text[:40]!r}... has {len(row)} tokens, {model.name} reads {limit}: shorten it")
     return ids
+
+
+def reading_limit(model: LanguageModel) -> int | float:
+    """The most tokens that the model reads; infinite where its configuration names none."""
+    return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def batches(ids: Sequence[list[int]]) -> Iterator[list[int]]:

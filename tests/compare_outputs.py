@@ -4,41 +4,37 @@
 checks' time. Cells whose outputs are measured times are tagged `nbval-ignore-output`, as for nbval itself.
 """
 
-import json
 import runpy
 import sys
 from pathlib import Path
 
+import nbformat
+
 from chassis_utils.paths import BUILD, ROOT
 
+code_cells = runpy.run_path(str(ROOT / "notebooks" / "refresh.py"))["code_cells"]
 agree = runpy.run_path(str(ROOT / "notebooks" / "conftest.py"))["agree"]  # `conftest` is the name of two modules
-INJECTED, IGNORED = "injected-parameters", "nbval-ignore-output"
+IGNORED = "nbval-ignore-output"
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
 
 
-def cells(path: Path) -> list[dict]:
-    """Code cells as they are written, without the one that papermill adds."""
-    found = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [c for c in found if c["cell_type"] == "code" and INJECTED not in c["metadata"].get("tags", [])]
-
-
-def shown(cell: dict) -> list[tuple[str, str]]:
+def shown(cell: nbformat.NotebookNode) -> list[tuple[str, str]]:
     """What a cell shows, by kind; of pictures that they are there. Lines printed together may come in pieces."""
     found: list[tuple[str, str]] = []
     for output in cell["outputs"]:
         if "text" in output:
-            kind, text = output["name"], "".join(output["text"])
+            kind, text = output["name"], output["text"]
             if found and found[-1][0] == kind:
                 text = found.pop()[1] + text
             found.append((kind, text))
-        found += [(kind, "".join(data) if kind in TEXTS else "") for kind, data in output.get("data", {}).items()]
+        found += [(kind, data if kind in TEXTS else "") for kind, data in output.get("data", {}).items()]
     return found
 
 
 def differences(new: Path, stored: Path) -> list[str]:
     """What disagrees, one line each."""
-    ours, theirs = cells(new), cells(stored)
-    if ["".join(c["source"]) for c in ours] != ["".join(c["source"]) for c in theirs]:
+    ours, theirs = (code_cells(nbformat.read(path, as_version=4)) for path in (new, stored))
+    if [cell.source for cell in ours] != [cell.source for cell in theirs]:
         return [f"{stored.name}: the run is of other code than the notebook's: run `make paper`"]
     found = []
     for one, other in zip(ours, theirs, strict=True):

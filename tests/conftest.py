@@ -17,6 +17,13 @@ settings.register_profile("chassis", deadline=None, max_examples=30, derandomize
 settings.load_profile("chassis")
 
 VOCABULARY = 4096  # of the shipped tokenizer that the tiny models read with
+SIZES = {  # of the tiny models
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 
 Build = Callable[..., Path]

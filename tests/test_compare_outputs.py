@@ -10,8 +10,10 @@ from compare_outputs import differences
 def write(path: Path, text: str, source: str = "print(1)", tags: tuple[str, ...] = (), injected: bool = False) -> Path:
     outputs = [{"output_type": "stream", "name": "stdout", "text": [piece]} for piece in text.split("|")]
     cell = {"cell_type": "code", "id": "a", "metadata": {"tags": list(tags)}, "source": [source], "outputs": outputs}
-    extra = {**cell, "metadata": {"tags": ["injected-parameters"]}, "source": ["n = 2"]}
-    path.write_text(json.dumps({"cells": [extra, cell] if injected else [cell]}))
+    cell["execution_count"] = 1
+    extra = {**cell, "metadata": {"tags": ["injected-parameters"]}, "source": ["n = 2"], "id": "b"}
+    notebook = {"cells": [extra, cell] if injected else [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(json.dumps(notebook))
     return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from conftest import VOCABULARY, Build, tiny_llama
+from conftest import SIZES, VOCABULARY, Build, tiny_llama
 from tokenizers import Tokenizer
 from transformers import (
     BloomConfig,
@@ -21,20 +21,13 @@ from transformers import (
 from chassis_utils.models import Head, LanguageModel, describe, find_folder, fingerprint, load
 from chassis_utils.paths import ROOT
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
+GROUPED = SIZES | {"num_key_value_heads": 1}
 HEADS = {
     "plain": tiny_llama(),
-    "bias": PhiConfig(**SIZES | {"num_key_value_heads": 2}),
-    "softcap": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5),
-    "scale": CohereConfig(**SIZES, logit_scale=0.25),
-    "inverse scale": GraniteConfig(**SIZES, logits_scaling=8.0),
+    "bias": PhiConfig(**GROUPED | {"num_key_value_heads": 2}),
+    "softcap": Gemma2Config(**GROUPED, head_dim=8, final_logit_softcapping=0.5),
+    "scale": CohereConfig(**GROUPED, logit_scale=0.25),
+    "inverse scale": GraniteConfig(**GROUPED, logits_scaling=8.0),
 }
 
 
@@ -66,7 +59,7 @@ def test_a_real_checkpoint_tells_a_story(stories: LanguageModel) -> None:
 
 
 def test_a_head_with_a_part_that_is_not_known_is_refused(build: Build) -> None:
-    folder = build(HyperCLOVAXConfig(**SIZES, logits_scaling=4.0))  # multiplies where Granite divides
+    folder = build(HyperCLOVAXConfig(**GROUPED, logits_scaling=4.0))  # multiplies where Granite divides
     with pytest.raises(ValueError, match=r"are not its head applied to its last state .* a part that .* does not know"):
         load(str(folder))
 

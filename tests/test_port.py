@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, Build
+from conftest import SIZES, VOCABULARY, Build
 from torch import Tensor
 from transformers import CohereConfig, Gemma2Config, GPTNeoXConfig, GraniteConfig, MiniCPM3Config, PretrainedConfig
 
@@ -15,13 +15,6 @@ from chassis_utils.adapters import Adapter
 from chassis_utils.models import LanguageModel, load
 from chassis_utils.port import Port
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
 PROMPTS = ["Two and two", "The function returns", "A sentence of several words that ends with", "In"]
 ROWS = ["state", None, "both", "vocabulary"]
 KINDS: dict[str, tuple[str, int, bool]] = {  # space, rank, intercept

@@ -281,3 +281,12 @@ def test_the_vocabulary_metric_is_kl_to_second_order() -> None:
     ]
     gaps = [abs(ratio - 1) for ratio in ratios]
     assert gaps[2] < 1e-2 and gaps[0] > gaps[1] > gaps[2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_constant_targets_leave_a_penalty_to_choose(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, constant = torch.randn(40, 3, generator=generator), 146 * torch.rand(4, generator=generator, dtype=torch.float64)
+    folds = by_fold(x, constant.expand(40, 4), [k % 4 for k in range(40)])
+    penalty, errors = choose_penalty(folds)
+    assert penalty in errors
