@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+FIGURES = ("kl", "kl_se", "base_kl", "gap_closed", "top1", "top5_overlap", "n_prompts")  # of an evaluation row
+
 
 def kl_divergence(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
     """KL(expert || other) of each row of logits, nats, float64; constants added to a row change nothing."""
@@ -78,15 +80,36 @@ def clearly_lower(values: Float[Tensor, "n"], others: Float[Tensor, "n"], groups
     return float(gain.mean()) > standard_error(gain, groups)
 
 
+def evaluation_row(
+    kl: Float[Tensor, "n"],
+    base_kl: float,
+    top1: float,
+    top5_overlap: float,
+    groups: Sequence[str] | None,
+    **keys: object,
+) -> dict[str, object]:
+    """One evaluation row: `keys`, then the figures that every table of KL carries (`FIGURES`)."""
+    return keys | {
+        "kl": float(kl.mean()),
+        "kl_se": standard_error(kl, groups),
+        "base_kl": base_kl,
+        "gap_closed": 1 - float(kl.mean()) / base_kl if base_kl > 0 else math.nan,
+        "top1": top1,
+        "top5_overlap": top5_overlap,
+        "n_prompts": len(kl),
+    }
+
+
 @dataclass(frozen=True)
 class Reference:
-    """An expert and the untouched base on one set of prompts: what every adapter is measured against.
+    """An expert, and the untouched base, on one set of prompts: what every adapter is measured against.
 
-    `groups` names each prompt's template or document, where prompts of one are not independent.
+    `groups` names each prompt's template or document, where prompts of one are not independent. Without `base`
+    there is a KL but no scale for it.
     """
 
     expert: Shaped[Tensor, "n vocab"]
-    base: Shaped[Tensor, "n vocab"]
+    base: Shaped[Tensor, "n vocab"] | None = None
     groups: Sequence[str] | None = None
 
     @cached_property
@@ -103,7 +126,9 @@ class Reference:
 
     @cached_property
     def base_kl(self) -> float:
-        """Mean KL(expert || base), nats: the scale of every other KL."""
+        """Mean KL(expert || base), nats: the scale of every other KL; `ValueError` without a base."""
+        if self.base is None:
+            raise ValueError("this reference has no logits of the base: give them, a KL has no scale without")
         return float(self.kl(self.base).mean())
 
     def kl(self, adapted: Shaped[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
@@ -113,31 +138,25 @@ class Reference:
     def row(
         self, adapted: Shaped[Tensor, "n vocab"], kl: Float[Tensor, "n"] | None = None, **keys: object
     ) -> dict[str, object]:
-        """One evaluation row: `keys`, then the common figures of `adapted` logits; `kl` where it is known."""
-        kl = self.kl(adapted) if kl is None else kl
+        """The evaluation row of `adapted` logits behind `keys`; `kl` where it is known."""
         top = adapted.topk(5).indices
-        return keys | {
-            "kl": float(kl.mean()),
-            "kl_se": standard_error(kl, self.groups),
-            "base_kl": self.base_kl,
-            "gap_closed": 1 - float(kl.mean()) / self.base_kl if self.base_kl > 0 else float("nan"),
-            "top1": float((top[:, 0] == self._top[:, 0]).double().mean()),
-            "top5_overlap": float((top[:, :, None] == self._top[:, None]).any(-1).double().mean()),
-            "n_prompts": len(kl),
-        }
+        top1 = float((top[:, 0] == self._top[:, 0]).double().mean())
+        overlap = float((top[:, :, None] == self._top[:, None]).any(-1).double().mean())
+        return evaluation_row(self.kl(adapted) if kl is None else kl, self.base_kl, top1, overlap, self.groups, **keys)
 
 
-def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+def over_seeds(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.DataFrame:
     """Evaluation rows averaged over `seed`: rows that agree in all other settings become one.
 
-    Settings are the columns left of `kl`. The standard error joins the seeds' own (of their mean) with
-    that of the prompts, averaged over the seeds because they share the prompts; `n_seeds` counts them.
+    Settings are all columns but `seed`, `FIGURES` and those named in `also`, which are averaged too. The standard
+    error joins the seeds' own (of their mean) with that of the prompts, averaged over the seeds because they share
+    the prompts; `n_seeds` counts them.
     """
-    settings = [column for column in rows.columns[: list(rows).index("kl")] if column != "seed"]
-    found = []
+    settings = [column for column in rows if column not in (*FIGURES, *also, "seed")]
+    averaged = []
     for key, group in rows.groupby(settings, sort=False, dropna=False):
         between = group["kl"].to_numpy().std(ddof=1) / len(group) ** 0.5 if len(group) > 1 else 0.0
         row = dict(zip(settings, key, strict=True)) | group.drop(columns=[*settings, "seed"]).mean().to_dict()
         row["kl_se"] = math.hypot(group["kl_se"].to_numpy().mean(), between)
-        found.append(row | {"n_prompts": int(group["n_prompts"].iloc[0]), "n_seeds": len(group)})
-    return pd.DataFrame(found)
+        averaged.append(row | {"n_prompts": int(group["n_prompts"].iloc[0]), "n_seeds": len(group)})
+    return pd.DataFrame(averaged)

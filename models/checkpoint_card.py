@@ -3,10 +3,10 @@
 import torch
 from transformers import PreTrainedModel
 
-from chassis_utils.corpus import PACKAGES, package_versions, read_documents
-from chassis_utils.likelihood import likelihood
-from chassis_utils.models import describe, load
-from chassis_utils.paths import MODELS, write_atomically
+from chassis_utils.files import MODELS, write_atomically
+from chassis_utils.lm.bits_per_byte import bits_per_byte
+from chassis_utils.lm.model import describe, load
+from chassis_utils.text.corpus import PACKAGES, package_versions, read_documents
 
 STARTS = (
     "Compute the singular value decomposition of",
@@ -60,7 +60,7 @@ def write_checkpoint(name: str, network: PreTrainedModel, *, tokens: int, second
     model = load(f"models/{name}")
     known = {part for document in read_documents("train") for part in document.paragraphs}
     held_out = read_documents("test")
-    whole = likelihood(model, [document.text for document in held_out])
+    whole = bits_per_byte(model, [document.text for document in held_out])
     unseen = whole[[k for k, document in enumerate(held_out) if not known & document.paragraphs]]
     card = CARD.format(
         **describe(model) | {"model": name},

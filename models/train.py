@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
-from chassis_utils.corpus import content_key, read_documents
-from chassis_utils.models import fingerprint
-from chassis_utils.paths import BUILD, MODELS, write_atomically
+from chassis_utils.files import BUILD, MODELS, write_atomically
+from chassis_utils.lm.model import fingerprint
+from chassis_utils.text.corpus import content_key, read_documents
 from checkpoint_card import write_checkpoint
 from generated_text import arithmetic, exercises, explanations
 from muon import Muon

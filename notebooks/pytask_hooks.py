@@ -6,14 +6,15 @@ from typing import Any
 
 from pytask import ExecutionReport, PTask, TaskOutcome, console, hookimpl
 
-from chassis_utils.paths import BUILD, ROOT
-from chassis_utils.pipeline import PAPER_PROFILE, PlanError, plan
+from chassis_utils.files import BUILD, ROOT
+from chassis_utils.paper.notebook import PlanError
+from chassis_utils.paper.pipeline import DEFAULT_PROFILE, plan
 
 
 @hookimpl(tryfirst=True)
 def pytask_parse_config(config: dict[str, Any]) -> None:
     """Check the whole plan, and keep pytask's state in the profile's own build folder."""
-    profile = os.environ.get("PROFILE", PAPER_PROFILE)
+    profile = os.environ.get("PROFILE", DEFAULT_PROFILE)
     try:
         plan(ROOT, profile)
     except PlanError as error:

@@ -8,8 +8,8 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
-from chassis_utils.paths import BUILD, ROOT, write_atomically
-from chassis_utils.pipeline import PAPER_PROFILE
+from chassis_utils.files import BUILD, ROOT, write_atomically
+from chassis_utils.paper.pipeline import DEFAULT_PROFILE
 
 LANGUAGE = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -42,4 +42,4 @@ def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
 
 if __name__ == "__main__":
     for source in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        refresh(source, BUILD / PAPER_PROFILE / "notebooks" / source.name)
+        refresh(source, BUILD / DEFAULT_PROFILE / "notebooks" / source.name)

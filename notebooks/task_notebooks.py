@@ -12,13 +12,13 @@ from pathlib import Path
 import cloudpickle
 from pytask import PythonNode, task
 
-from chassis_utils.paths import ROOT
-from chassis_utils.pipeline import PAPER_PROFILE, Step, compile_paper, plan, run_notebook
+from chassis_utils.files import ROOT
+from chassis_utils.paper.pipeline import DEFAULT_PROFILE, Step, compile_paper, plan, run_notebook
 
 # Workers cannot import a task file: pytask names it by its path.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-PROFILE = os.environ.get("PROFILE", PAPER_PROFILE)
+PROFILE = os.environ.get("PROFILE", DEFAULT_PROFILE)
 STEPS = plan(ROOT, PROFILE)
 
 for current in STEPS:
@@ -38,7 +38,7 @@ for current in STEPS:
 
 
 PAPER = ROOT / "paper"
-if PROFILE == PAPER_PROFILE and (PAPER / "paper.typ").exists():
+if PROFILE == DEFAULT_PROFILE and (PAPER / "paper.typ").exists():
     written = {path for step in STEPS for path in step.writes[:-1]}
     stored = {
         path for pattern in ("paper/*.typ", "paper/*.bib", "paper/*/*", "figures/*") for path in ROOT.glob(pattern)

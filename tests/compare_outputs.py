@@ -10,7 +10,7 @@ from pathlib import Path
 
 import nbformat
 
-from chassis_utils.paths import BUILD, ROOT
+from chassis_utils.files import BUILD, ROOT
 
 code_cells = runpy.run_path(str(ROOT / "notebooks" / "refresh.py"))["code_cells"]
 agree = runpy.run_path(str(ROOT / "notebooks" / "conftest.py"))["agree"]  # `conftest` is the name of two modules

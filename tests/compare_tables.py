@@ -11,7 +11,7 @@ from io import StringIO
 import numpy as np
 import pandas as pd
 
-from chassis_utils.paths import ROOT
+from chassis_utils.files import ROOT
 
 RTOL, ATOL = 2e-2, 1e-6  # as in notebooks/conftest.py
 MEASURED = ("seconds", "tokens_per_s", "speedup", "ceiling", "share_of_ceiling")  # how columns of time begin

@@ -9,9 +9,9 @@ import torch
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PhiConfig, PretrainedConfig, PreTrainedModel
 
-from chassis_utils.corpus import SPLITS, Document, read_documents
-from chassis_utils.models import LanguageModel, load
-from chassis_utils.paths import MODELS, ROOT
+from chassis_utils.files import MODELS, ROOT
+from chassis_utils.lm.model import LanguageModel, load
+from chassis_utils.text.corpus import PARTS, Document, read_documents
 
 settings.register_profile("chassis", deadline=None, max_examples=30, derandomize=True, database=None)
 settings.load_profile("chassis")
@@ -67,7 +67,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 @pytest.fixture(scope="session")
 def documents() -> dict[str, list[Document]]:
     """The corpus by side, read once."""
-    return {split: read_documents(split) for split in SPLITS}
+    return {split: read_documents(split) for split in PARTS}
 
 
 def tiny_llama(**changes: object) -> LlamaConfig:

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from samples import seeds
 from torch import Tensor
 
-from chassis_utils.adapters import Adapter, at_rank, fit_path, state_edits
-from chassis_utils.experts import SyntheticExpert
+from chassis_utils.adapters.adapter import Adapter, at_rank, fit_path
+from chassis_utils.adapters.fit import state_edits
+from chassis_utils.as_reported.adapters import RIDGE, truncated_ridge
+from chassis_utils.experts.synthetic import SyntheticExpert
+from chassis_utils.linalg.moments import Moments, by_fold, merge
+from chassis_utils.linalg.regression import LinearMap, choose_penalty, reduced_rank, squared_error, vocabulary_metric
+from chassis_utils.lm.model import Head
 from chassis_utils.metrics import kl_divergence
-from chassis_utils.models import Head
-from chassis_utils.moments import Moments, by_fold, merge
-from chassis_utils.regression import LinearMap, choose_penalty, reduced_rank, squared_error, vocabulary_metric
-from chassis_utils.reported import RIDGE, truncated_ridge
 
 WIDTH, VOCABULARY, COUNT = 6, 40, 60
 FOLDS = [k % 4 for k in range(COUNT)]

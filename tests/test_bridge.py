@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PhiConfig
 
-from chassis_utils import bridge as bridge_module
-from chassis_utils.bridge import Bridge, Bridged, Continuations
-from chassis_utils.models import LanguageModel, load
-from chassis_utils.paths import MODELS
-from chassis_utils.tokens import BYTE_FALLBACK, BYTE_LEVEL, ByteTable, Segmenter
+from chassis_utils.bridge.bridge import Bridge
+from chassis_utils.bridge.look_ahead import Bridged, Continuations
+from chassis_utils.bridge.segmenter import Segmenter
+from chassis_utils.bridge.token_bytes import BYTE_FALLBACK, BYTE_LEVEL, ByteTable
+from chassis_utils.files import MODELS
+from chassis_utils.lm.model import LanguageModel, load
 
 LETTERS = {BYTE_FALLBACK: "\u2581abcé", BYTE_LEVEL: "Ġabs'!1Ã©"}  # é is one character or two bytes
 TEXTS = (b" ", b"  ", b"a", b" a", b"ab", b"b ", b"c", b"ba", b"\xc3", b"\xa9", "é".encode(), "aé b".encode())

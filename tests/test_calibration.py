@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chassis_utils import calibration
-from chassis_utils.calibration import Settings, Teacher, calibrate, compare, summarise
+from chassis_utils.circulant.calibrate import Settings, _rates, _Run, calibrate
+from chassis_utils.circulant.compare import Teacher, compare, summarise
+from chassis_utils.circulant.patch import patch
+from chassis_utils.circulant.replace import replacements
+from chassis_utils.lm.model import LanguageModel
 from chassis_utils.metrics import kl_divergence
-from chassis_utils.models import LanguageModel
-from chassis_utils.patching import patch
-from chassis_utils.replacement import replacements
 
 WORDS = ("cats", "dogs", "rain", "music", "trees")
 TRAIN = [f"What is {i} + {i + 1}? Tell me about {word}." for i, word in enumerate(WORDS)]
@@ -97,7 +97,7 @@ def test_a_bias_of_zeros_can_be_moved() -> None:
     own = dict(nn.Linear(8, 8).named_parameters())
     with torch.no_grad():
         own["bias"].zero_()
-    rates = calibration._rates(own, Settings(rate=0.1))
+    rates = _rates(own, Settings(rate=0.1))
     assert rates["bias"] == rates["weight"] > 0
 
 
@@ -107,7 +107,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
 ) -> None:
     whole = averaged(tiny_llama_model)
     history = calibrate(tiny_llama_model, whole, TRAIN, HELD_OUT, QUICK)
-    state, count, original = tmp_path / "run.safetensors", 0, calibration.Teacher.loss
+    state, count, original = tmp_path / "run.safetensors", 0, Teacher.loss
     found = averaged(tiny_llama_model)
     start = values(found)
 
@@ -119,7 +119,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
         return original(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(calibration.Teacher, "loss", loss)
+        patched.setattr(Teacher, "loss", loss)
         try:
             calibrate(tiny_llama_model, found, TRAIN, HELD_OUT, QUICK, state)
         except KeyboardInterrupt:
@@ -140,7 +140,7 @@ def test_an_interruption_takes_the_patch_off(tiny_llama_model: LanguageModel, mo
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration._Run, "descend", interrupt)
+    monkeypatch.setattr(_Run, "descend", interrupt)
     with pytest.raises(KeyboardInterrupt):
         calibrate(tiny_llama_model, averaged(tiny_llama_model), TRAIN, HELD_OUT, QUICK)
     assert all(a is b for a, b in zip(modules, tiny_llama_model.network.modules(), strict=True))

@@ -15,7 +15,7 @@ from scipy.linalg import lstsq
 from torch import Tensor, nn
 
 import chassis_utils.circulant
-from chassis_utils.circulant import PATHS, BlockCirculantLinear, ProductPath, average, fastest_path
+from chassis_utils.circulant.layer import PATHS, BlockCirculantLinear, ProductPath, average, fastest_path
 
 sizes = st.integers(1, 300)
 paths = pytest.mark.parametrize("path", PATHS)

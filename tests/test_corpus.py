@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chassis_utils import corpus
-from chassis_utils.corpus import SHORTEST, Document, package_docstrings, read_documents, read_unseen
+from chassis_utils.text import corpus
+from chassis_utils.text.corpus import SHORTEST, Document, package_docstrings, read_documents, read_unseen
 
 
 def test_no_document_is_met_twice(documents: dict[str, list[Document]]) -> None:

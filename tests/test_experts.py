@@ -11,23 +11,20 @@ from samples import seeds
 from torch import Tensor
 from transformers import GPT2Config
 
-from chassis_utils.adapters import Adapter
-from chassis_utils.bridge import Bridge, Continuations
-from chassis_utils.experts import (
-    BOOSTED,
-    BridgedExpert,
-    Edited,
-    Expert,
-    LogitBias,
-    Rescored,
-    Sibling,
-    SyntheticExpert,
-    continuations,
-    scaled_rank,
-)
+from chassis_utils.adapters.adapter import Adapter
+from chassis_utils.as_reported.sizes import scaled_rank
+from chassis_utils.as_reported.text_bridge import Rescored
+from chassis_utils.bridge.bridge import Bridge
+from chassis_utils.bridge.look_ahead import Continuations
+from chassis_utils.experts.bridged import BridgedExpert
+from chassis_utils.experts.logit_bias import BOOSTED, LogitBias
+from chassis_utils.experts.protocol import Expert
+from chassis_utils.experts.sibling import Sibling
+from chassis_utils.experts.synthetic import SyntheticExpert, SyntheticModel
+from chassis_utils.lm.forward import continuations
+from chassis_utils.lm.model import Head, LanguageModel, load
+from chassis_utils.lm.states import collect
 from chassis_utils.metrics import kl_divergence
-from chassis_utils.models import Head, LanguageModel, load
-from chassis_utils.states import collect
 
 WIDTH = 12
 
@@ -87,7 +84,7 @@ PROMPTS = ["Two and two", "A sentence of several words that ends with", "In", "T
 NEW = 6
 Cast = Callable[[LanguageModel, LanguageModel], Expert]
 CAST: dict[str, Cast] = {
-    "edited": lambda base, _: Edited(base, SyntheticExpert.draw(base.width, 2)),
+    "edited": lambda base, _: SyntheticModel(base, SyntheticExpert.draw(base.width, 2)),
     "bias": lambda base, _: LogitBias.of_strings(base),
     "sibling": Sibling,
     "rescored": lambda base, other: Rescored(base, other, tokens=NEW),
@@ -144,7 +141,7 @@ def test_the_synthetic_expert_edits_the_states_of_its_base(tiny_phi: LanguageMod
     with torch.inference_mode():
         output = tiny_phi.network(torch.tensor(tiny_phi.encode(PROMPTS[:1])), output_hidden_states=True)
     expected = tiny_phi.head(edit.states(output.hidden_states[-1][0, -1:]))
-    torch.testing.assert_close(Edited(tiny_phi, edit).logits(PROMPTS[:1]), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(SyntheticModel(tiny_phi, edit).logits(PROMPTS[:1]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_list_of_the_study_is_boosted_by_four_for_each_string_that_has_the_token(

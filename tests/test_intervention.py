@@ -13,12 +13,12 @@ from samples import regression_data, seeds, semidefinite
 from torch import Tensor
 from transformers import Gemma2Config, PhiConfig, PreTrainedModel
 
-from chassis_utils import resources, states
-from chassis_utils.intervention import DAMPING, PROBE, Prefixes, pull_back, response
-from chassis_utils.models import LanguageModel, load
-from chassis_utils.moments import Moments
-from chassis_utils.regression import reduced_rank
-from chassis_utils.states import collect
+from chassis_utils.limits import psutil
+from chassis_utils.linalg.moments import Moments
+from chassis_utils.linalg.regression import reduced_rank
+from chassis_utils.lm.last_token import DAMPING, PROBE, Prefixes, pull_back, response
+from chassis_utils.lm.model import LanguageModel, load
+from chassis_utils.lm.states import collect
 
 TEXTS = ["One day", "", "A cat sat on the mat and looked at the moon for a long time.", "Go", "What is 3 + 4? Show it."]
 
@@ -145,7 +145,7 @@ def test_windows_that_slide_are_read_as_a_full_pass_reads_them(texts: list[str],
 def test_too_little_memory_says_so_before_the_pass(
     tiny_llama_model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources.psutil, "virtual_memory", lambda: type("", (), {"available": 0}))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("", (), {"available": 0}))
     with pytest.raises(MemoryError, match=r"for the keys and values of 5 prompts are needed, 0 MiB are free"):
         Prefixes.of(tiny_llama_model, TEXTS)
 

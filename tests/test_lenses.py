@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from samples import regression_data, seeds
 
-from chassis_utils import reported
-from chassis_utils.lenses import fit_lens, lens_moments
-from chassis_utils.models import Head
-from chassis_utils.moments import merge
-from chassis_utils.regression import choose_penalty
+from chassis_utils.adapters.lens import fit_lens, lens_moments
+from chassis_utils.as_reported import adapters as as_reported
+from chassis_utils.linalg.moments import merge
+from chassis_utils.linalg.regression import choose_penalty
+from chassis_utils.lm.model import Head
 
 FOLDS = [k % 4 for k in range(40)]
 
@@ -42,8 +42,8 @@ def test_a_huge_penalty_pulls_an_edit_lens_to_the_base_and_a_plain_one_to_the_me
 def test_the_route_through_states_gives_the_lens_of_the_route_through_logits(seed: int) -> None:
     h, target = states(seed)
     head = Head(torch.randn(20, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
-    direct = reported.layer_lens(h, head(target))
-    hidden = fit_lens(lens_moments(h, target, FOLDS), penalty=reported.RIDGE)
+    direct = as_reported.layer_lens(h, head(target))
+    hidden = fit_lens(lens_moments(h, target, FOLDS), penalty=as_reported.RIDGE)
     torch.testing.assert_close(hidden.logits(h, head), direct(h), rtol=1e-7, atol=1e-7)
 
 

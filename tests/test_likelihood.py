@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from chassis_utils import likelihood as module
-from chassis_utils.likelihood import likelihood
-from chassis_utils.models import LanguageModel, load
+from chassis_utils.lm.bits_per_byte import bits_per_byte
+from chassis_utils.lm.model import LanguageModel, load
 
 TEXT = "Once upon a time, there was a little girl named Lily."
 
@@ -38,18 +37,18 @@ def memoryless(build: Build) -> LanguageModel:
 
 
 def test_a_short_text_is_the_plain_sum_over_tokens(stories: LanguageModel) -> None:
-    found = likelihood(stories, [TEXT])
+    found = bits_per_byte(stories, [TEXT])
     assert found.mean == pytest.approx(bits(stories, TEXT) / len(TEXT.encode()), rel=1e-5)
     assert math.isnan(found.se)
 
 
 def test_each_document_keeps_its_own_bits_and_bytes(tiny_gpt2: LanguageModel) -> None:
     texts = [TEXT, "Größe über alles.", "Hm.", TEXT * 2]
-    found = likelihood(tiny_gpt2, texts)
+    found = bits_per_byte(tiny_gpt2, texts)
     direct = torch.tensor([bits(tiny_gpt2, text) for text in texts], dtype=torch.float64)
     torch.testing.assert_close(found.bits, direct, rtol=1e-5, atol=1e-5)
     assert found.mean == pytest.approx(float(direct.sum()) / sum(len(text.encode()) for text in texts), rel=1e-5)
-    part = likelihood(tiny_gpt2, [texts[3], texts[1]])
+    part = bits_per_byte(tiny_gpt2, [texts[3], texts[1]])
     assert (found[[3, 1]].mean, found[[3, 1]].se) == pytest.approx((part.mean, part.se), rel=1e-5)
 
 
@@ -63,9 +62,9 @@ def test_every_token_is_scored_once_in_any_windows(
         patch.setattr(module, "WINDOW", window)
         patch.setattr(module, "CONTEXT", data.draw(st.integers(1, window - 1)))
         patch.setattr(module, "BATCH", 64)
-        assert likelihood(memoryless, texts).mean == pytest.approx(total, rel=1e-5)
+        assert bits_per_byte(memoryless, texts).mean == pytest.approx(total, rel=1e-5)
 
 
 def test_equal_documents_have_no_spread_and_different_ones_do(tiny_llama_model: LanguageModel) -> None:
-    assert likelihood(tiny_llama_model, [TEXT] * 3).se == pytest.approx(0, abs=1e-6)
-    assert likelihood(tiny_llama_model, [TEXT, "Other words entirely.", "3 + 4 = 7"]).se > 0
+    assert bits_per_byte(tiny_llama_model, [TEXT] * 3).se == pytest.approx(0, abs=1e-6)
+    assert bits_per_byte(tiny_llama_model, [TEXT, "Other words entirely.", "3 + 4 = 7"]).se > 0

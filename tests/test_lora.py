@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import torch
 
-from chassis_utils.calibration import token_logits
-from chassis_utils.lora import equal_rank, train_lora
+from chassis_utils.adapters.lora import equal_rank, train_lora
+from chassis_utils.lm.forward import token_logits
+from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.states import collect
 from chassis_utils.metrics import kl_divergence
-from chassis_utils.models import LanguageModel
-from chassis_utils.states import collect
 
 PROMPTS = ["What is 3 + 4?", "Explain entropy", "Go", "The array has", "def area(", "A longer prompt of several words"]
 

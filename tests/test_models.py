@@ -18,8 +18,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from chassis_utils.models import Head, LanguageModel, describe, find_folder, fingerprint, load
-from chassis_utils.paths import ROOT
+from chassis_utils.files import ROOT
+from chassis_utils.lm.model import Head, LanguageModel, describe, find_folder, fingerprint, load
 
 GROUPED = SIZES | {"num_key_value_heads": 1}
 HEADS = {

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import regression_data, seeds
 
-from chassis_utils.moments import Moments, by_fold, merge
-from chassis_utils.regression import ridge
+from chassis_utils.linalg.moments import Moments, by_fold, merge
+from chassis_utils.linalg.regression import ridge
 
 
 def assert_same(a: Moments, b: Moments, rtol: float = 1e-12) -> None:

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from chassis_utils.paths import ROOT
+from chassis_utils.files import ROOT
 
 HTML = "from IPython.display import HTML, display\ndisplay(HTML('<td>{}</td>'))"
 CELLS = {  # case: (source, what it showed when it was stored, whether the check passes)

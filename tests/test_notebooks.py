@@ -12,8 +12,9 @@ import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from chassis_utils.paths import ROOT
-from chassis_utils.pipeline import Notebook, PlanError, plan
+from chassis_utils.files import ROOT
+from chassis_utils.paper.notebook import Notebook, PlanError
+from chassis_utils.paper.pipeline import plan
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LONGEST, TYPICAL = 25, 6  # lines of a code cell: at most, and in the median

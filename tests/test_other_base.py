@@ -8,8 +8,8 @@ import papermill
 import pytest
 from claims import CLAIMS
 
-from chassis_utils.paths import BUILD, ROOT
-from chassis_utils.pipeline import Notebook
+from chassis_utils.files import BUILD, ROOT
+from chassis_utils.paper.notebook import Notebook
 
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 RANK = 2  # of the expert on a base of width 64

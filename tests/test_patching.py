@@ -9,10 +9,10 @@ from conftest import VOCABULARY, Build, tiny_llama
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, OPTConfig
 
-from chassis_utils.circulant import BlockCirculantLinear
-from chassis_utils.models import LanguageModel, load
-from chassis_utils.patching import as_linear, from_pretrained, mlp_projections, patch, save_pretrained
-from chassis_utils.projections import LowRankLinear, low_rank
+from chassis_utils.circulant.layer import BlockCirculantLinear
+from chassis_utils.circulant.low_rank import LowRankLinear, low_rank
+from chassis_utils.circulant.patch import as_linear, from_pretrained, mlp_projections, patch, save_pretrained
+from chassis_utils.lm.model import LanguageModel, load
 
 NAMES = {
     "llama": ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"],

@@ -12,8 +12,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from chassis_utils.paths import ROOT
-from chassis_utils.pipeline import PlanError, compile_paper, plan
+from chassis_utils.files import ROOT
+from chassis_utils.paper.notebook import PlanError
+from chassis_utils.paper.pipeline import compile_paper, plan
 
 REPORT = """
 import os

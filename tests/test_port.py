@@ -11,9 +11,9 @@ from conftest import SIZES, VOCABULARY, Build
 from torch import Tensor
 from transformers import CohereConfig, Gemma2Config, GPTNeoXConfig, GraniteConfig, MiniCPM3Config, PretrainedConfig
 
-from chassis_utils.adapters import Adapter
-from chassis_utils.models import LanguageModel, load
-from chassis_utils.port import Port
+from chassis_utils.adapters.adapter import Adapter
+from chassis_utils.adapters.port import Port
+from chassis_utils.lm.model import LanguageModel, load
 
 PROMPTS = ["Two and two", "The function returns", "A sentence of several words that ends with", "In"]
 ROWS = ["state", None, "both", "vocabulary"]

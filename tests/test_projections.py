@@ -11,19 +11,16 @@ from hypothesis import strategies as st
 from samples import direct, padded, regression_data, seeds
 from torch import Tensor, nn
 
-from chassis_utils.circulant import BlockCirculantLinear, average
-from chassis_utils.moments import Moments
-from chassis_utils.projections import (
+from chassis_utils.circulant.closed_form import (
     CirculantMoments,
-    LowRankLinear,
     activation_aware,
     choose_circulant_penalty,
-    equal_rank,
-    low_rank,
-    low_rank_aware,
     squared_error,
 )
-from chassis_utils.regression import reduced_rank
+from chassis_utils.circulant.layer import BlockCirculantLinear, average
+from chassis_utils.circulant.low_rank import LowRankLinear, equal_rank, low_rank, low_rank_aware
+from chassis_utils.linalg.moments import Moments
+from chassis_utils.linalg.regression import reduced_rank
 
 # inputs, outputs, block size
 SIZES = [(6, 4, 1), (6, 4, 2), (6, 9, 3), (8, 4, 4), (4, 8, 4), (5, 10, 5), (7, 6, 3), (10, 7, 4), (3, 5, 5), (8, 3, 4)]

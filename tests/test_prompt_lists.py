@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from chassis_utils.paths import ROOT
-from chassis_utils.prompts import Prompt, read_prompts
+from chassis_utils.files import ROOT
+from chassis_utils.text.prompts import Prompt, read_prompts
 
 FOLDER = ROOT / "notebooks" / "prompts"
 LISTS = {  # prompts, and the least and the most of them in German

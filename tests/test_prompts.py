@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chassis_utils import prompts
-from chassis_utils.corpus import Document
-from chassis_utils.prompts import FAMILIES, Prompt, fold_numbers, read_prompts, standard_sets, take, texts
+from chassis_utils.text import prompts
+from chassis_utils.text.corpus import Document
+from chassis_utils.text.prompts import FAMILIES, Prompt, fold_numbers, read_prompts, standard_sets, take, texts
 
 SIZES = {"train": 4096, "val": 512, "test": 512}
 WRITTEN = {  # family: index -> prompt, copied from the studies by hand

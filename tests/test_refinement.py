@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from samples import seeds
 from torch import Tensor
 
-from chassis_utils.adapters import Adapter, at_rank, fit_path
-from chassis_utils.experts import SyntheticExpert
+from chassis_utils.adapters.adapter import Adapter, at_rank, fit_path
+from chassis_utils.adapters.refine import DAMPING, Examples, Refined, _newton, by_adam, by_gauss_newton
+from chassis_utils.experts.synthetic import SyntheticExpert
+from chassis_utils.linalg.moments import Moments
+from chassis_utils.linalg.regression import vocabulary_metric
+from chassis_utils.lm.model import Head
 from chassis_utils.metrics import kl_divergence
-from chassis_utils.models import Head
-from chassis_utils.moments import Moments
-from chassis_utils.refinement import DAMPING, Examples, Refined, _newton, by_adam, by_gauss_newton
-from chassis_utils.regression import vocabulary_metric
 
 WIDTH, VOCABULARY, COUNT = 5, 30, 64
 

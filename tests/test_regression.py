@@ -9,9 +9,8 @@ from samples import regression_data, seeds, semidefinite
 from scipy.linalg import lstsq
 from torch import Tensor
 
-from chassis_utils.metrics import kl_divergence
-from chassis_utils.moments import Moments, by_fold, merge
-from chassis_utils.regression import (
+from chassis_utils.linalg.moments import Moments, by_fold, merge
+from chassis_utils.linalg.regression import (
     LinearMap,
     choose_penalty,
     choose_rank,
@@ -21,6 +20,7 @@ from chassis_utils.regression import (
     squared_error,
     vocabulary_metric,
 )
+from chassis_utils.metrics import kl_divergence
 
 penalties = st.floats(1e-6, 1e4)
 

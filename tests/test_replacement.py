@@ -9,15 +9,15 @@ from samples import direct
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from chassis_utils import replacement, states
-from chassis_utils.circulant import BlockCirculantLinear, average, expand
-from chassis_utils.models import LanguageModel, load
-from chassis_utils.moments import Moments
-from chassis_utils.patching import as_linear, mlp_projections, patch
-from chassis_utils.projections import CirculantMoments, LowRankLinear, equal_rank, low_rank
-from chassis_utils.prompts import Prompt
-from chassis_utils.replacement import collect, replacements
-from chassis_utils.walk import Walk
+from chassis_utils.circulant.activations import Walk
+from chassis_utils.circulant.closed_form import CirculantMoments
+from chassis_utils.circulant.layer import BlockCirculantLinear, average, expand
+from chassis_utils.circulant.low_rank import LowRankLinear, equal_rank, low_rank
+from chassis_utils.circulant.patch import as_linear, mlp_projections, patch
+from chassis_utils.circulant.replace import collect, replacements
+from chassis_utils.linalg.moments import Moments
+from chassis_utils.lm.model import LanguageModel, load
+from chassis_utils.text.prompts import Prompt
 
 BLOCK = 4
 TEXTS = [

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from chassis_utils import report
-from chassis_utils.paths import ROOT
+from chassis_utils.files import ROOT
+from chassis_utils.paper import report, style, tables
 
 
 @pytest.fixture(autouse=True)
@@ -71,23 +71,23 @@ def test_csv_keeps_every_digit(values: list[float]) -> None:
     [(0.123456, "0.123"), (12.3456, "12.3"), (1234.56, "1,235"), (4.1234e-8, "4.12e-08"), (-0.99996, "-1.000")],
 )
 def test_measured_numbers_show_three_digits(value: float, text: str) -> None:
-    assert list(report.readable(pd.DataFrame({"kl": [value]}))["KL (nats)"]) == [text]
+    assert list(tables.readable(pd.DataFrame({"kl": [value]}))["KL (nats)"]) == [text]
 
 
 def test_settings_stay_as_typed_and_gaps_are_dashes() -> None:
-    shown = report.readable(pd.DataFrame({"ridge": [1e-5, 0.25, None], "layer": [0, 8, 12000]}))
+    shown = tables.readable(pd.DataFrame({"ridge": [1e-5, 0.25, None], "layer": [0, 8, 12000]}))
     assert shown.to_numpy().tolist() == [["1e-05", "0"], ["0.25", "8"], ["–", "12,000"]]
 
 
 def test_latex_escapes_text_and_sets_powers_of_ten() -> None:
-    source = report.latex(pd.DataFrame({"variant": ["as_reported", "50% & <s>"], "kl": [4.1234e-8, 2.3456]}))
+    source = tables.latex(pd.DataFrame({"variant": ["as_reported", "50% & <s>"], "kl": [4.1234e-8, 2.3456]}))
     assert r"as\_reported & $4.12 \times 10^{-8}$ \\" in source
     assert r"50\% \& $<$s$>$ & 2.35 \\" in source
     assert source.startswith("\\begin{tabular}{lr}\n\\toprule\nvariant & KL (nats) \\\\")
 
 
 def test_markdown_cells_cannot_break_the_table() -> None:
-    lines = report.markdown(pd.DataFrame({"piece": ["a|b", "<s>"], "n_prompts": [3, 512]})).splitlines()
+    lines = tables.markdown(pd.DataFrame({"piece": ["a|b", "<s>"], "n_prompts": [3, 512]})).splitlines()
     assert lines == ["| piece | n prompts |", "| :-- | --: |", r"| a\|b | 3 |", "| &lt;s> | 512 |"]
 
 
@@ -169,8 +169,8 @@ def test_results_need_a_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_variants_keep_their_look_and_differ_without_colour() -> None:
-    styles = report.variant_styles(["as_reported", "ridge chosen", "edit", "own folds", "corrected"])
-    assert styles["corrected"] == report.variant_styles(["corrected"])["corrected"]
+    styles = style.variant_styles(["as_reported", "ridge chosen", "edit", "own folds", "corrected"])
+    assert styles["corrected"] == style.variant_styles(["corrected"])["corrected"]
     assert len({(style["marker"], str(style["linestyle"])) for style in styles.values()}) == 5
     assert len({style["color"] for style in styles.values()}) == 5
 

@@ -9,15 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import regression_data, seeds
 
-from chassis_utils.adapters import at_rank, fit_path
-from chassis_utils.circulant import BlockCirculantLinear
-from chassis_utils.experts import SyntheticExpert
-from chassis_utils.metrics import kl_divergence
-from chassis_utils.models import Head
-from chassis_utils.moments import Moments
-from chassis_utils.refinement import Examples, by_adam
-from chassis_utils.regression import reduced_rank
-from chassis_utils.reported import (
+from chassis_utils.adapters.adapter import at_rank, fit_path
+from chassis_utils.adapters.refine import Examples, by_adam
+from chassis_utils.as_reported.adapters import (
     as_state_edit,
     hidden_to_hidden,
     largest_columns,
@@ -25,9 +19,15 @@ from chassis_utils.reported import (
     method_a,
     projected_alignment,
     random_basis,
-    reported_forward,
     truncated_ridge,
 )
+from chassis_utils.as_reported.fft import reported_forward
+from chassis_utils.circulant.layer import BlockCirculantLinear
+from chassis_utils.experts.synthetic import SyntheticExpert
+from chassis_utils.linalg.moments import Moments
+from chassis_utils.linalg.regression import reduced_rank
+from chassis_utils.lm.model import Head
+from chassis_utils.metrics import kl_divergence
 
 WIDTH, VOCABULARY = 6, 64  # 6.4 percent of them are 4
 COLUMNS = {"none left out": torch.arange(VOCABULARY), "6.4 percent": None}

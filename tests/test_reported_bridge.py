@@ -8,10 +8,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from chassis_utils.bridge import Bridge
-from chassis_utils.paths import MODELS, ROOT
-from chassis_utils.reported_bridge import StringBridge, coverage, decoded, stage_a, stage_b
-from chassis_utils.tokens import ByteTable, Segmenter
+from chassis_utils.as_reported.bridge import StringBridge, coverage, decoded, stage_a, stage_b
+from chassis_utils.bridge.bridge import Bridge
+from chassis_utils.bridge.segmenter import Segmenter
+from chassis_utils.bridge.token_bytes import ByteTable
+from chassis_utils.files import MODELS, ROOT
 
 TOKENIZERS = ROOT.parent / "shared" / "tokenizers"
 BASE = ["", "t", "h", "e", "th", "he", "the", "the", "a" * 6, "x"]

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from claims import CLAIMS
 
-from chassis_utils.paths import ROOT
-from chassis_utils.report import EVALUATION_COLUMNS
+from chassis_utils.files import ROOT
+from chassis_utils.paper.tables import EVALUATION_COLUMNS
 
 TABLES = ROOT / "paper" / "tables"
 EXPERT_RANK = 8  # on the shipped base of width 256

@@ -8,9 +8,9 @@ import torch
 from conftest import VOCABULARY, Build
 from transformers import PhiConfig, PreTrainedModel
 
-from chassis_utils import resources, states
-from chassis_utils.models import LanguageModel, load
-from chassis_utils.states import collect
+from chassis_utils.limits import psutil, shutil
+from chassis_utils.lm.model import LanguageModel, load
+from chassis_utils.lm.states import collect
 
 TEXTS = ["One day", "A cat sat on the mat and looked at the moon for a long time.", "Go", "What is 3 + 4? Show it."]
 
@@ -120,8 +120,8 @@ def test_a_prompt_without_tokens_is_refused(build: Build) -> None:
 @pytest.mark.parametrize(
     ("module", "asked", "answer", "error"),
     [
-        (resources.shutil, "disk_usage", SimpleNamespace(free=0), OSError),
-        (resources.psutil, "virtual_memory", SimpleNamespace(available=0), MemoryError),
+        (shutil, "disk_usage", SimpleNamespace(free=0), OSError),
+        (psutil, "virtual_memory", SimpleNamespace(available=0), MemoryError),
     ],
 )
 def test_too_little_room_says_how_much_is_needed_before_the_pass(

@@ -10,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from chassis_utils.corpus import Document
-from chassis_utils.paths import MODELS, ROOT
-from chassis_utils.tokens import BYTE_FALLBACK, BYTE_LEVEL, ByteTable, Segmenter
+from chassis_utils.bridge.segmenter import Segmenter
+from chassis_utils.bridge.token_bytes import BYTE_FALLBACK, BYTE_LEVEL, ByteTable
+from chassis_utils.files import MODELS, ROOT
+from chassis_utils.text.corpus import Document
 
 SHARED = ROOT.parent / "shared"
 FOLDERS = {

@@ -1,0 +1,86 @@
+"""The command line: `chassis fit` makes an adapter, `chassis run` executes a notebook with other parameters.
+
+Both check what they are given before any long work, and end with one sentence where it does not do.
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from chassis_utils.files import BUILD, ROOT, locate
+from chassis_utils.paper.notebook import Notebook, PlanError
+from chassis_utils.paper.pipeline import StepFailed, execute, numbered_notebooks
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 where it succeeded, 2 where what it was given does not do."""
+    parser = argparse.ArgumentParser(prog="chassis", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fitting = commands.add_parser("fit", help="fit an adapter that makes BASE follow EXPERT")
+    fitting.add_argument("base", help="folder or hub id of the frozen model")
+    fitting.add_argument("expert", help="folder or hub id of the model to follow")
+    fitting.add_argument("texts", help="text file, one text a line")
+    fitting.add_argument("--rank", type=int, help="of the adapter; chosen on held-out texts unless given")
+    fitting.add_argument("--out", default="adapter", help="folder to save the adapter in")
+    running = commands.add_parser("run", help="execute one notebook: chassis run 21 --base path/to/model")
+    running.add_argument("notebook", help="its number or its name")
+    options, others = parser.parse_known_args(arguments)
+    try:
+        if options.command == "run":
+            return _run(options.notebook, others)
+        if others:
+            parser.error(f"unknown arguments: {' '.join(others)}")
+        return _fit(options)
+    except (ValueError, OSError, MemoryError, StepFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from chassis_utils.text.prompts import read_prompts, texts
+
+    lines = texts(read_prompts(options.texts))
+    from chassis_utils.adapters.fit import fit  # torch takes seconds: only once the texts can be read
+    from chassis_utils.lm.model import load
+
+    adapter = fit(load(options.base), load(options.expert), lines, options.rank)
+    adapter.save_pretrained(options.out)
+    print(f"{adapter}\nsaved in {options.out}")
+    return 0
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    paths = [path for path in numbered_notebooks(ROOT) if path.stem == name or path.stem.split("_")[0] == name]
+    if not paths:
+        known = ", ".join(path.stem for path in numbered_notebooks(ROOT)) or "none: run it in a checkout"
+        raise PlanError(f"notebook {name!r} is unknown: choose one of {known}")
+    notebook = Notebook.read(paths[0])
+    parameters = _parameters(notebook, arguments)
+    notebook.check(parameters, "the command line")
+    executed = BUILD / "interactive" / "notebooks" / notebook.path.name
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    execute(notebook.path, executed, parameters)
+    print(f"executed notebook: {executed}")
+    return 0
+
+
+def _parameters(notebook: Notebook, arguments: Sequence[str]) -> dict[str, Any]:
+    """`--name value` pairs as the notebook's parameters; a value is a Python literal or, else, a string."""
+    names, values = arguments[::2], arguments[1::2]
+    if len(names) != len(values) or not all(name.startswith("--") for name in names):
+        raise PlanError(f"{' '.join(arguments)!r} is no list of `--name value`: write for example --base path/to/model")
+    parameters = {}
+    for name, value in zip((name.removeprefix("--").replace("-", "_") for name in names), values, strict=True):
+        try:
+            literal = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            literal = value
+        text = name in notebook.parameters and isinstance(notebook.parameters[name].default, str)
+        parameters[name] = str(locate(value)) if text and locate(value).exists() else value if text else literal
+    return parameters
+
+
+if __name__ == "__main__":
+    sys.exit(main())

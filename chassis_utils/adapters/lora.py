@@ -1,0 +1,88 @@
+"""LoRA by peft on a copy of the base, trained to follow an expert's next-token logits: the peer of closed forms.
+
+Loss: mean over prompts of KL(expert || student) at the last token, AdamW, prompts in a random
+order. Cost: a forward and a backward pass of the whole network for every prompt in every pass.
+"""
+
+import copy
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from chassis_utils.lm.forward import encode, read_logits, token_logits
+from chassis_utils.lm.model import LanguageModel
+from chassis_utils.metrics import kl_loss
+
+TARGETS = ("q_proj", "v_proj")  # what the LoRA paper adapts (Hu et al. 2022, section 4.2)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A trained copy of the base."""
+
+    model: LanguageModel
+    parameters: int
+    losses: list[float]  # training KL of each pass, nats
+
+    def logits(self, prompts: Sequence[str]) -> Float[Tensor, "n vocab"]:
+        """Next-token logits; `ValueError` for prompts that cannot be read."""
+        return torch.cat(read_logits(self.model, encode(self.model, prompts), every_token=False))
+
+
+def equal_rank(model: LanguageModel, parameters: int) -> int:
+    """The least rank at which LoRA has at least so many parameters."""
+    sizes = [m.in_features + m.out_features for n, m in model.network.named_modules() if n.endswith(TARGETS)]
+    if not sizes:
+        raise ValueError(f"{model.name!r} has no layers named {' or '.join(TARGETS)}: name its attention projections")
+    return math.ceil(parameters / sum(sizes))
+
+
+def train_lora(
+    base: LanguageModel,
+    prompts: Sequence[str],
+    expert: Float[Tensor, "n vocab"],
+    rank: int,
+    *,
+    passes: int = 2,
+    batch: int = 32,
+    rate: float = 2e-3,
+    seed: int = 0,
+) -> LoRA:
+    """LoRA of `rank` fitted to the expert's logits on `prompts`; the base is left as it was.
+
+    The rate falls linearly to zero. Raises `ValueError` for prompts that cannot be read.
+    """
+    ids = encode(base, prompts)
+    torch.manual_seed(seed)  # peft draws the factors
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
+    model = replace(base, network=inject_adapter_in_model(config, copy.deepcopy(base.network)))
+    for name, parameter in model.network.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    steps = passes * math.ceil(len(ids) / batch)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    losses = []
+    for _ in tqdm(range(passes), desc="LoRA", disable=None, leave=False):
+        total = 0.0
+        for rows in torch.randperm(len(ids), generator=generator).split(batch):
+            loss = kl_loss(expert[rows], token_logits(model, [ids[k] for k in rows.tolist()], every_token=False))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(rows)
+        losses.append(total / len(ids))
+    factors = {name: value for name, value in model.network.named_parameters() if "lora_" in name}
+    digest = hashlib.sha256(save({name: value.detach().contiguous() for name, value in factors.items()}))
+    model = replace(model, fingerprint=f"{base.fingerprint}+{digest.hexdigest()[:16]}")  # other weights, other states
+    return LoRA(model, sum(p.numel() for p in trained), losses)

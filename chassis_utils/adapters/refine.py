@@ -1,0 +1,187 @@
+"""Gradient refinement of an adapter: Adam on its factors, or Gauss-Newton steps in closed form.
+
+Adam moves every entry of a factor by about its rate in each step, whatever the gradient's
+size, so the rate must be small beside the factor's own entries: `relative` rates are in units
+of the root mean square of U, of V and, for the shift, of the edit. A Gauss-Newton step replaces the mean KL by its
+quadratic model at the current adapter q, whose curvature K = E[W^T (diag q - q q^T) W] and
+targets h_e = edit + s K^-1 W^T (p - q) make it one more reduced-rank regression; the step
+length s is searched on the training KL. Prompts kept out of the steps have the last word: what
+does not lower their KL by more than a standard error is not kept.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float64, Shaped
+from torch import Tensor
+
+from chassis_utils.adapters.adapter import Adapter
+from chassis_utils.adapters.fit import fit_moments
+from chassis_utils.linalg.moments import Moments
+from chassis_utils.linalg.regression import solve_symmetric
+from chassis_utils.lm.model import Head
+from chassis_utils.metrics import Reference, clearly_lower, kl_loss
+
+LENGTHS = (1.0, 0.5, 0.25, 0.125)  # of a Gauss-Newton step, in the order tried
+DAMPING = 1e-9  # of the curvature, times its mean eigenvalue: only keeps the system solvable
+
+
+@dataclass(frozen=True)
+class Examples:
+    """States of the head's input and the expert's logits on the same prompts."""
+
+    h: Shaped[Tensor, "n d"]
+    logits: Shaped[Tensor, "n vocab"]
+    groups: Sequence[str] | None = None  # prompts of one template or document are not independent
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The expert as what adapters are measured against."""
+        return Reference(self.logits)
+
+    def kl(self, adapter: Adapter, head: Head) -> Float64[Tensor, "n"]:
+        """KL(expert || adapted) of each prompt, nats."""
+        return self.reference.kl(adapter.logits(self.h, head))
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The adapter that was kept, and the path to it (nats; entry 0 is the start)."""
+
+    adapter: Adapter
+    train: list[float]  # mean KL over each pass for Adam, after each step for Gauss-Newton
+    held_out: list[float]
+
+    @classmethod
+    def of(cls, adapters: list[Adapter], train: list[float], head: Head, held_out: Examples, last: bool) -> "Refined":
+        """Keep the `last`, or the one of least KL on `held_out` among those clearly below the start there.
+
+        The base that is edited by nothing is kept where even that one is not clearly better.
+        """
+        kl = [held_out.kl(adapter, head) for adapter in adapters]
+        means = [float(values.mean()) for values in kl]
+        if last:
+            return cls(adapters[-1], train, means)
+        better = [k for k, values in enumerate(kl) if clearly_lower(values, kl[0], held_out.groups)]
+        kept = min(better, key=lambda k: means[k], default=0)
+        untouched = Adapter.untouched(head)
+        helps = clearly_lower(kl[kept], held_out.kl(untouched, head), held_out.groups)
+        return cls(adapters[kept] if helps else untouched, train, means)
+
+
+def by_adam(
+    start: Adapter,
+    head: Head,
+    train: Examples,
+    held_out: Examples,
+    rate: float,
+    *,
+    relative: bool = True,
+    stopped: bool = True,
+    passes: int = 50,
+    batch: int = 32,
+    seed: int = 0,
+) -> Refined:
+    """Adam on U, log S, V and the shift of `start`; float32, batches in a random order of `seed`.
+
+    Tokens that an adapter in vocabulary coordinates leaves alone stay so. `stopped` keeps the pass
+    that `Refined.of` finds best on `held_out`; otherwise the last is kept, as the CHASSIS study did.
+    """
+    factors = [factor.float().clone().requires_grad_() for factor in _factors(start)]
+    used = (start.up != 0).any(1) | (start.shift != 0) | (start.space == "state")
+    for factor, mask in ((factors[2], used[:, None]), (factors[3], used)):
+        factor.register_hook(lambda gradient, mask=mask: gradient * mask)  # Adam leaves alone what has no gradient
+    edits = start.edit(train.h)[:, used]
+    sizes = [float(part.square().mean().sqrt()) for part in (factors[0].detach(), factors[2].detach()[used], edits)]
+    scale = [sizes[0], 1.0, *sizes[1:]] if relative else [1.0] * 4
+    optimizer = torch.optim.Adam([{"params": [f], "lr": rate * s} for f, s in zip(factors, scale, strict=True)])
+    generator = torch.Generator().manual_seed(seed)
+    trail, found = [float(train.kl(start, head).mean())], [start]
+    for _ in range(passes):
+        order = torch.randperm(len(train.h), generator=generator).split(batch)
+        losses = []
+        for rows in order:
+            loss = kl_loss(train.logits[rows], _logits(factors, start, head, train.h[rows].float()))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        trail.append(math.fsum(losses) / len(losses))
+        found.append(_with_factors(start, factors))
+    return Refined.of(found, trail, head, held_out, last=not stopped)
+
+
+def by_gauss_newton(
+    start: Adapter, head: Head, train: Examples, held_out: Examples, penalty: float, *, steps: int = 4
+) -> Refined:
+    """Reduced-rank regressions on the linearised softmax; `penalty` as in the fit of `start`.
+
+    Ends after `steps`, or where no length lowers the training KL; what is kept `held_out` decides
+    (`Refined.of`). For adapters in state coordinates, else `ValueError`.
+    """
+    if start.space != "state":
+        raise ValueError("Gauss-Newton steps edit the state: give an adapter in state coordinates")
+    trail, found = [float(train.kl(start, head).mean())], [start]
+    for _ in range(steps):
+        step = _step(found[-1], head, train, penalty, trail[-1])
+        if step is None:
+            break
+        trail.append(step[0])
+        found.append(step[1])
+    return Refined.of(found, trail, head, held_out, last=False)
+
+
+def _step(current: Adapter, head: Head, train: Examples, penalty: float, kl: float) -> tuple[float, Adapter] | None:
+    """The first length at which the training KL is below `kl`, halved on while that helps; None where none is."""
+    change, curvature = _newton(current, head, train)
+    best = None
+    for length in LENGTHS:
+        moments = Moments.of(train.h, current.edit(train.h) + length * change)
+        fitted = fit_moments([moments], head, curvature, penalty, current.intercept)
+        tried = fitted.at(current.rank)
+        reached = float(train.kl(tried, head).mean())
+        if reached < (kl if best is None else best[0]):
+            best = (reached, tried)
+        elif best is not None:
+            break
+    return best
+
+
+def _newton(current: Adapter, head: Head, train: Examples) -> tuple[Float64[Tensor, "n d"], Float64[Tensor, "d d"]]:
+    """K^-1 W^T (p - q) of each prompt, and the mean curvature K; `gain` is the slope of a softcap."""
+    w = head.weight * head.scale
+    logits = current.logits(train.h, head)
+    q = logits.softmax(-1)
+    gain = torch.ones_like(logits) if head.softcap is None else 1 - (logits / head.softcap).square()
+    p = train.logits.softmax(-1)
+    slope = (((p - q) * gain).to(w.dtype) @ w).double()
+    mean_states = ((q * gain).to(w.dtype) @ w).double()
+    shared = (q * gain.square()).double().mean(0)
+    curvature = (w.double().T * shared) @ w.double() - mean_states.T @ mean_states / len(q)
+    eye = torch.eye(len(curvature), dtype=torch.float64)
+    damped = curvature + DAMPING * curvature.trace() / len(curvature) * eye
+    return solve_symmetric(damped, slope.T).T, damped
+
+
+def _factors(adapter: Adapter) -> list[Tensor]:
+    """U, log S, V and shift with U and V orthonormal: the singular value decomposition of A B^T."""
+    q_down, r_down = torch.linalg.qr(adapter.down)
+    q_up, r_up = torch.linalg.qr(adapter.up)
+    u, s, vt = torch.linalg.svd(r_down @ r_up.T)
+    floor = torch.finfo(torch.float32).eps * float(s.max()) if len(s) else 0.0  # a zero has no logarithm
+    return [q_down @ u, s.clamp_min(floor or 1e-12).log(), q_up @ vt.T, adapter.shift]
+
+
+def _with_factors(adapter: Adapter, factors: list[Tensor]) -> Adapter:
+    u, log_s, v, shift = (factor.detach().double() for factor in factors)
+    return replace(adapter, down=u * log_s.exp(), up=v, shift=shift)
+
+
+def _logits(factors: list[Tensor], adapter: Adapter, head: Head, h: Tensor) -> Tensor:
+    u, log_s, v, shift = factors
+    edit = ((h @ u) * log_s.exp()) @ v.T + shift
+    product = head.product(h + edit) if adapter.space == "state" else head.product(h) + edit
+    return head.finish(product if adapter.intercept is None else product + adapter.intercept.to(product.dtype))

@@ -1,0 +1,101 @@
+"""Adapters at several layers of one base, fitted one after another in closed form.
+
+Each middle layer's adapter is fitted to what is still missing at the end, pulled back
+through the blocks (`lm.last_token.pull_back`), on the states that it will really see: those
+that the adapters before it leave. How much of it to add is decided on prompts kept out of
+the fit, with the last adapter refitted each time; nothing is one of the choices, so a
+middle layer that does not help stays as it is. Cost: a pass of one token per prompt for
+each length tried.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float64, Shaped
+from torch import Tensor
+
+from chassis_utils.adapters.adapter import Adapter
+from chassis_utils.adapters.fit import fit_moments
+from chassis_utils.linalg.moments import Moments, by_fold
+from chassis_utils.linalg.regression import choose_penalty
+from chassis_utils.lm.last_token import Prefixes, pull_back
+from chassis_utils.lm.model import Head
+from chassis_utils.metrics import clearly_lower, kl_divergence
+
+LENGTHS = (0.5, 1.0)  # of a middle layer's edit, tried beside none
+JUDGES = 3  # one fold in this many
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Adapters of middle layers, by layer, and the one at the head."""
+
+    middle: dict[int, Adapter]
+    last: Adapter
+
+    def logits(self, prefixes: Prefixes, head: Head) -> Shaped[Tensor, "n vocab"]:
+        """Run the blocks with all edits in place."""
+        edits = {layer: adapter.edit for layer, adapter in self.middle.items()}
+        return self.last.logits(prefixes.finish(edits)[-1], head)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a stack is fitted to: prompts, the expert's last states on them, folds, and the base's responses."""
+
+    prefixes: Prefixes
+    head: Head
+    target: Float64[Tensor, "n d"]
+    folds: Sequence[int]  # of each prompt; every third one judges lengths and is left out of the fits judged
+    metric: Float64[Tensor, "d d"]
+    responses: Mapping[int, Float64[Tensor, "d d"]]  # of the last state to each middle layer
+
+    @property
+    def judges(self) -> list[int]:
+        """The prompts that decide lengths."""
+        return [k for k, fold in enumerate(self.folds) if fold % JUDGES == 0]
+
+    def moments(self, h: Shaped[Tensor, "n d"], wanted: Float64[Tensor, "n d"]) -> list[Moments]:
+        """Moments of the folds that do not judge."""
+        found = by_fold(h, wanted, self.folds)
+        return [fold for number, fold in enumerate(found) if number % JUDGES]
+
+
+def fit_stack(task: Task, layers: Sequence[int], ranks: Sequence[int]) -> Stack:
+    """A stack at `layers`, the last of which is the head's, with the given ranks."""
+    best = _Trial.of(task, {}, ranks[-1], None)
+    for layer, rank in zip(layers[:-1], ranks[:-1], strict=True):
+        missing = task.target - best.states[-1].double()
+        wanted, metric = pull_back(missing, task.responses[layer], task.metric)
+        fitted = fit_moments(task.moments(best.states[layer], wanted), task.head, metric).at(rank)
+        middles = [best.middle | {layer: fitted.scaled(length)} for length in LENGTHS]
+        trials = [_Trial.of(task, middle, ranks[-1], best.penalty) for middle in middles]
+        better = [trial for trial in trials if trial.clearly_better(best, task)]
+        best = min(better, key=lambda trial: float(trial.kl.mean()), default=best)
+    h = best.states[-1]
+    whole = fit_moments(by_fold(h, task.target - h.double(), task.folds), task.head, task.metric, best.penalty)
+    return Stack(best.middle, whole.at(ranks[-1]))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Adapters of middle layers, the states under them, and the judges' KL with the last adapter refitted."""
+
+    middle: dict[int, Adapter]
+    states: Shaped[Tensor, "layers n d"]
+    kl: Float64[Tensor, "judges"]
+    penalty: float  # of the last adapter, chosen once: the states that reach the head differ little
+
+    @classmethod
+    def of(cls, task: Task, middle: dict[int, Adapter], rank: int, penalty: float | None) -> "_Trial":
+        states = task.prefixes.finish({layer: adapter.edit for layer, adapter in middle.items()})
+        moments = task.moments(states[-1], task.target - states[-1].double())
+        if penalty is None:
+            penalty, _ = choose_penalty(moments, task.metric)
+        last = fit_moments(moments, task.head, task.metric, penalty).at(rank)
+        adapted = last.logits(states[-1][task.judges], task.head)
+        return cls(middle, states, kl_divergence(task.head(task.target[task.judges]), adapted), penalty)
+
+    def clearly_better(self, other: "_Trial", task: Task) -> bool:
+        """Whether the judges' KL is lower by more than a standard error, prompts of a fold counting as one."""
+        return clearly_lower(self.kl, other.kl, [str(task.folds[k]) for k in task.judges])

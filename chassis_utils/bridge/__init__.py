@@ -1,0 +1,1 @@
+"""From the tokens of one model to those of another, byte by byte."""

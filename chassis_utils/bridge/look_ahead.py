@@ -1,0 +1,225 @@
+"""Look-ahead: asking the expert what follows until the base's next-token distribution is exact.
+
+    q*[v] = P(v comes first behind encode(x) in encode(x + Y)),  Y the expert's text
+
+Mass behind a safe cut is resolved; the heaviest unresolved text is taken, the expert asked for its next distribution
+behind it, all that a safe cut then resolves settled, and so on, several texts sharing one batch on a cached context.
+Where encode(x + Y) does not begin with encode(x) (re-merged mass, reported), Y is cut on its own, because the base
+has already read encode(x). TV(q, exact) <= unresolved mass. Cost: one short segmentation for each heavy token of
+every text that the expert continues.
+"""
+
+import copy
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor
+
+from chassis_utils.bridge.bridge import Bridge
+from chassis_utils.lm.forward import encode, pad
+from chassis_utils.lm.model import LanguageModel
+
+FEWEST, MOST = 4, 64  # texts that the expert continues at once: few while the next are still to be found
+DEFERRED = 0.01  # share of a text's mass whose many light tokens wait together until nothing heavier does
+
+# token rows that continue the context -> next-token probabilities [rows, expert tokens]
+NextToken = Callable[[list[list[int]]], Float[Tensor, "n v_e"]]
+
+
+@dataclass(frozen=True)
+class Bridged:
+    """A base next-token distribution and how far it is from exact; sums to 1."""
+
+    q: Float64[Tensor, "v"]
+    unresolved: float  # TV(q, exact) is at most this
+    remerged: Float64[Tensor, "v"]  # the part of q owed to text that re-merges with the context
+    calls: int  # texts that the expert was asked to continue
+
+    @property
+    def remerged_mass(self) -> float:
+        """Mass of the text before which the base would have cut the context otherwise."""
+        return float(self.remerged.sum())
+
+    @property
+    def conditional(self) -> Float64[Tensor, "v"]:
+        """What q is given that the context keeps its tokens: the factors of the probability of a token sequence.
+
+        NaN where it never does.
+        """
+        others = self.q - self.remerged
+        return others / others.sum()
+
+
+def look_ahead(bridge: Bridge, expert: NextToken, text: str, calls: int = 16, delta: float = 1e-3) -> Bridged:
+    """The base's distribution behind `text`, after asking the expert what follows up to `calls` texts.
+
+    It ends early at `delta` unresolved mass; no call is one step in context. `expert` must
+    be bound to `text` (as `Continuations` is). Raises `ValueError` for an empty text.
+    """
+    return trace(bridge, expert, text, [calls], delta)[0]
+
+
+def trace(bridge: Bridge, expert: NextToken, text: str, budgets: Sequence[int], delta: float = 1e-3) -> list[Bridged]:
+    """What `look_ahead` has found when each of the rising `budgets` of calls is spent, in one search."""
+    if not text:
+        raise ValueError("there is no text before the token to predict: give a context")
+    search = _Search(bridge, text, delta)
+    search.start(bridge.text_only(expert([[]])).double()[0])
+    used, results = 0, []
+    for budget in budgets:
+        while used < budget and search.unresolved > delta:
+            nodes = search.heaviest(min(max(FEWEST, min(used // FEWEST, MOST)), budget - used))
+            p = bridge.text_only(expert([node.tokens for _, node in nodes])).double()
+            for (mass, node), row in zip(nodes, p, strict=True):
+                search.follow(node, mass * row)
+            used += len(nodes)
+        results.append(search.result(used))
+    return results
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Expert tokens behind the context, their bytes, and the first base token if the text ended here."""
+
+    tokens: list[int]
+    data: bytes
+    context: bytes  # of the context, where the boundary is no safe cut
+    first: int
+    remerged: bool
+
+
+@dataclass(frozen=True)
+class _Light:
+    """The lighter tokens behind a text, heaviest first, and their masses."""
+
+    node: _Node
+    tokens: Int[Tensor, "k"]
+    masses: Float64[Tensor, "k"]
+
+
+class _Search:
+    """Best-first search over what the expert may write behind one context."""
+
+    def __init__(self, bridge: Bridge, text: str, delta: float) -> None:
+        self.bridge, self.delta = bridge, delta
+        self.context = bridge.base.unsettled_end(text)
+        self.q, self.remerged = (np.zeros(len(bridge.base.table.pieces)) for _ in range(2))
+        self.texts: list[tuple[float, int, _Node]] = []  # two heaps by negative mass; of equal ones the older first
+        self.light: list[tuple[float, int, _Light]] = []
+        self._age = itertools.count()
+
+    @property
+    def unresolved(self) -> float:
+        """Mass of all that waits."""
+        return -math.fsum(mass for heap in (self.texts, self.light) for mass, *_ in heap)
+
+    def start(self, p: Float64[Tensor, "v_e"]) -> None:
+        """Expert tokens right behind the context."""
+        safe = self._boundaries(self.context)
+        settled = (safe & self.bridge.resolved).nonzero()[:, 0]
+        self._add_tokens(settled, p[settled])
+        self._defer(_Node([], b"", b"", 0, False), p * (safe & ~self.bridge.resolved))
+        self._defer(_Node([], b"", self.context, 0, False), p * ~safe)
+        self._expand_light()
+
+    def heaviest(self, count: int) -> list[tuple[float, _Node]]:
+        """Take the heaviest unresolved texts with their masses, which `follow` then shares out."""
+        taken = [heapq.heappop(self.texts) for _ in range(min(count, len(self.texts)))]
+        return [(-mass, node) for mass, _, node in taken]
+
+    def follow(self, node: _Node, p: Float64[Tensor, "v_e"]) -> None:
+        """What the expert writes after a text, `p` adding up to its mass: settled behind a safe cut, else grown."""
+        settled = self._boundaries(node.context + node.data)
+        self._add(node, float((p * settled).sum()))
+        self._defer(node, p * ~settled)
+        self._expand_light()
+
+    def result(self, calls: int) -> Bridged:
+        """What was found, unresolved texts cut as if they ended there; the search can go on."""
+        unresolved, so_far = self.unresolved, (self.q.copy(), self.remerged.copy())
+        for mass, _, node in self.texts:
+            self._add(node, -mass)
+        for _, _, waiting in self.light:
+            if waiting.node.data:
+                self._add(waiting.node, float(waiting.masses.sum()))
+            else:
+                self._add_tokens(waiting.tokens, waiting.masses)
+        found = Bridged(torch.from_numpy(self.q), min(unresolved, 1.0), torch.from_numpy(self.remerged), calls)
+        self.q, self.remerged = so_far
+        return found
+
+    def _boundaries(self, before: bytes) -> Bool[Tensor, "v_e"]:
+        safe, end = self.bridge.safe_boundaries(before), self.bridge.expert.end
+        return safe if end is None else safe.index_fill(0, torch.tensor(end), True)
+
+    def _add(self, node: _Node, mass: float) -> None:
+        self.q[node.first] += mass
+        if node.remerged:
+            self.remerged[node.first] += mass
+
+    def _add_tokens(self, tokens: Int[Tensor, "k"], masses: Float64[Tensor, "k"]) -> None:
+        np.add.at(self.q, self.bridge.first[tokens].numpy(), masses.numpy())
+
+    def _defer(self, node: _Node, p: Float64[Tensor, "v_e"]) -> None:
+        masses, tokens = p.sort(descending=True)
+        count = int((masses > 0).sum())
+        if count:
+            waiting = _Light(node, tokens[:count], masses[:count])
+            heapq.heappush(self.light, (-float(waiting.masses.sum()), next(self._age), waiting))
+
+    def _expand_light(self) -> None:
+        """Look at light tokens one by one where they weigh more than `delta`, or than any text that waits."""
+        while self.light and -self.light[0][0] > min(self.delta, -self.texts[0][0] if self.texts else 0.0):
+            mass, _, waiting = heapq.heappop(self.light)
+            count = 1 + int((waiting.masses.cumsum(0) < (1 - DEFERRED) * -mass).sum())
+            self._expand(waiting.node, waiting.tokens[:count], waiting.masses[:count])
+            if count < len(waiting.tokens):
+                left = _Light(waiting.node, waiting.tokens[count:], waiting.masses[count:])
+                heapq.heappush(self.light, (-float(left.masses.sum()), next(self._age), left))
+
+    def _expand(self, node: _Node, tokens: Int[Tensor, "k"], masses: Float64[Tensor, "k"]) -> None:
+        base, chosen = self.bridge.base, tokens.tolist()
+        data = [node.data + (self.bridge.expert.pieces[token] or b"") for token in chosen]
+        start = len(base.characters(node.context))
+        found = zip(chosen, data, self.bridge.first_tokens(node.context, data), masses.tolist(), strict=True)
+        for token, text, (first, remerged), mass in found:
+            child = _Node([*node.tokens, token], text, node.context, first, remerged)
+            if base.has_safe_cut(base.characters(node.context + text), start):
+                self._add(child, mass)
+            else:
+                heapq.heappush(self.texts, (-mass, next(self._age), child))
+
+
+class Continuations:
+    """A language model as the expert behind one context, which it reads once.
+
+    Called with token rows that continue the context, it gives next-token probabilities
+    [rows, tokens], float64. The rows are padded on the right behind a copy of the context's keys and values.
+    """
+
+    def __init__(self, model: LanguageModel, text: str) -> None:
+        (ids,) = encode(model, [text])
+        self.model, self.last, self.length = model, ids[-1], len(ids) - 1
+        self.cache = None
+        if self.length:
+            with torch.inference_mode():
+                read = torch.tensor([ids[:-1]], device=model.device)
+                self.cache = model.network(read, use_cache=True).past_key_values
+
+    @torch.inference_mode()
+    def __call__(self, rows: list[list[int]]) -> Float64[Tensor, "n v_e"]:
+        """Next-token probabilities after the context and each row."""
+        padded, mask = pad([[self.last, *row] for row in rows], self.model.device)
+        cache = copy.deepcopy(self.cache)
+        if cache is not None:
+            cache.batch_repeat_interleave(len(rows))
+        mask = torch.cat([mask.new_ones(len(rows), self.length), mask], dim=1)
+        logits = self.model.network(padded, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        ends = torch.tensor([len(row) for row in rows])
+        return logits[torch.arange(len(rows)), ends].cpu().double().softmax(-1)

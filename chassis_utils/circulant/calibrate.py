@@ -1,0 +1,226 @@
+"""Replaced layers trained to give back the logits of the untouched network, and both compared prompt by prompt.
+
+Loss: mean over next-token positions of KL(teacher || student), the teacher's logits computed once; only
+the parameters of the replacements move, by AdamW. Its step is about its rate whatever the gradient, so
+the rate is a share of each parameter's size: entries of a block are averages of B weights, 1/sqrt(B) as
+large, and the study's absolute 1e-3 moves them by half their norm in one step.
+
+Cost: a forward and a backward pass of the network for each batch; the teacher's logits, n * vocabulary
+numbers (tokens * vocabulary where every token counts); six times the trained parameters.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from chassis_utils.circulant.compare import Teacher
+from chassis_utils.circulant.patch import patch
+from chassis_utils.files import write_atomically
+from chassis_utils.lm.model import LanguageModel
+
+FORMAT = 1  # of the state files
+Row = dict[str, int | float]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate.
+
+    `rate` is a share of each parameter's root mean square at the start; with `absolute` it is the
+    same number for all, as in the study (1e-3). With `patience` None every step is made and the last
+    state kept, as in the study; else training ends after so many checks on held-out prompts
+    without a better one, and the best state is kept. `every_token` counts all positions, not the last.
+    """
+
+    steps: int = 200
+    batch: int = 16
+    rate: float = 0.003
+    absolute: bool = False
+    every_token: bool = False
+    check_every: int = 10
+    patience: int | None = 5
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name not in ("absolute", "every_token") and value is not None and not value > 0:
+                raise ValueError(f"{name} {value} is not above zero: give a larger one")
+
+
+def calibrate(
+    model: LanguageModel,
+    replacements: Mapping[str, nn.Module],
+    train: Sequence[str],
+    held_out: Sequence[str],
+    settings: Settings | None = None,
+    state: Path | None = None,
+) -> pd.DataFrame:
+    """Train `replacements` in place, and return step, train_kl and held_out_kl (nats per position) at each check.
+
+    >>> from chassis_utils import calibrate, load, replacements
+    >>> from chassis_utils.circulant.calibrate import Settings
+    >>> model = load("models/port-llama")
+    >>> layers = replacements(model, [7], block_size=8, how="average")
+    >>> history = calibrate(model, layers, ["Return the mean."], ["Raise an error."], Settings(steps=2, check_every=1))
+    >>> list(history["step"])
+    [0, 1, 2]
+
+    Batches go round through `train` in its order, so a run is decided by its arguments. With a file
+    `state` (safetensors) it is stored at each check, and taken up again from there by a call with the
+    same arguments; a file of a finished run gives its result at once. The model is unpatched before and
+    after; an interruption or an error gives the replacements back as they were.
+
+    Raises `ValueError` for replacements without parameters, prompts that cannot be read or that are both
+    trained on and held out, a loss that is not finite, and a state file of another run; `MemoryError` where
+    the teacher's logits do not fit.
+    """
+    settings = settings or Settings()
+    both = set(train) & set(held_out)
+    if both:
+        raise ValueError(f"prompt {min(both)[:60]!r} is both trained on and held out: remove it from one list")
+    run = _Run(replacements, settings, state, f"{model.fingerprint} {list(train)} {list(held_out)}")
+    learned, measured = (Teacher(model, prompts, settings.every_token) for prompts in (train, held_out))
+    bar = tqdm(total=settings.steps, desc="calibration", disable=None, leave=False)
+    with patch(model.network, replacements), run, bar:
+        if not run.history:
+            run.check(measured.mean())
+        bar.update(run.step)
+        while not run.finished:
+            batch = [k % len(train) for k in range(run.step * settings.batch, (run.step + 1) * settings.batch)]
+            run.descend(learned.loss(batch))
+            if run.step % settings.check_every == 0 or run.step == settings.steps:
+                run.check(measured.mean())
+            bar.update()
+    return pd.DataFrame(run.history)
+
+
+class _Run:
+    """Trained parameters, their optimiser, the best state so far, and the file that holds all of it.
+
+    At the end of its `with` block the state to keep is in place, after an error the one of the start.
+    """
+
+    def __init__(
+        self, replacements: Mapping[str, nn.Module], settings: Settings, file: Path | None, inputs: str
+    ) -> None:
+        self.settings, self.file = settings, file
+        self.parameters: dict[str, nn.Parameter] = {}
+        groups = []
+        for path, module in replacements.items():
+            own = {name: parameter for name, parameter in module.named_parameters() if parameter.numel()}
+            self.parameters |= {f"{path}.{name}": parameter for name, parameter in own.items()}
+            groups += [{"params": [own[name]], "lr": rate} for name, rate in _rates(own, settings).items()]
+        if not groups:
+            raise ValueError("these replacements have no parameters, so there is nothing to calibrate: leave them")
+        self.optimiser = torch.optim.AdamW(groups)
+        self.key = _key(f"{FORMAT} {settings} {inputs}", self.parameters)
+        self.step, self.losses = 0, list[float]()
+        self.history: list[Row] = []
+        self._start = self._best = self._copy()
+        if file is not None and file.exists():
+            self._load(file)
+
+    @property
+    def best(self) -> Row:
+        """The check with the least KL on held-out prompts, the first of equal ones."""
+        return min(self.history, key=lambda row: row["held_out_kl"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are made, or the last checks brought nothing better."""
+        since = len(self.history) - 1 - self.history.index(self.best)
+        patience = self.settings.patience
+        return self.step >= self.settings.steps or (patience is not None and since >= patience)
+
+    def descend(self, loss: Float[Tensor, ""]) -> None:
+        """One step."""
+        self.losses.append(_finite(float(loss.detach()), self.step))
+        loss.backward()
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        self.step += 1
+
+    def check(self, held_out_kl: float) -> None:
+        """Note where the run stands, and store it."""
+        train_kl = math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+        self.history.append({"step": self.step, "train_kl": train_kl, "held_out_kl": _finite(held_out_kl, self.step)})
+        self.losses.clear()
+        if self.best is self.history[-1]:
+            self._best = self._copy()
+        if self.file is not None:
+            self._save(self.file)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:
+            self._put(self._start)
+        elif self.settings.patience is not None:
+            self._put(self._best)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+            parameter.grad = None
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def _save(self, file: Path) -> None:
+        tensors = {f"now:{name}": value for name, value in self._copy().items()}
+        tensors |= {f"best:{name}": value for name, value in self._best.items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"{kind}:{name}": value for kind, value in self.optimiser.state[parameter].items()}
+        write_atomically(file, save(tensors, {"key": self.key, "history": json.dumps(self.history)}))
+
+    def _load(self, file: Path) -> None:
+        try:
+            with safe_open(file, "pt") as stored:
+                notes = stored.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{str(file)!r} is no state of a calibration: remove it or name another file") from error
+        if notes.get("key") != self.key:
+            raise ValueError(f"{str(file)!r} is the state of another calibration: remove it or name another file")
+        self.history = json.loads(notes["history"])
+        self.step = int(self.history[-1]["step"])
+        tensors = load_file(file)
+        self._put({name: tensors[f"now:{name}"] for name in self.parameters})
+        self._best = {name: tensors[f"best:{name}"] for name in self.parameters}
+        for name, parameter in self.parameters.items():
+            kinds = [key.partition(":")[0] for key in tensors if key.partition(":")[2] == name]
+            moments = {kind: tensors[f"{kind}:{name}"] for kind in kinds if kind not in ("now", "best")}
+            device = {kind: "cpu" if kind == "step" else parameter.device for kind in moments}  # as AdamW has them
+            self.optimiser.state[parameter] = {kind: value.to(device[kind]) for kind, value in moments.items()}
+
+
+def _rates(own: Mapping[str, nn.Parameter], settings: Settings) -> dict[str, float]:
+    """The step of each parameter of one layer; one that starts at zero is as large as the layer's largest."""
+    if settings.absolute:
+        return dict.fromkeys(own, settings.rate)
+    sizes = {name: float(value.detach().double().square().mean().sqrt()) for name, value in own.items()}
+    return {name: settings.rate * (size or max(sizes.values())) for name, size in sizes.items()}
+
+
+def _key(recipe: str, parameters: Mapping[str, nn.Parameter]) -> str:
+    """16 hex digits of what decides a run: settings, model, prompts, and the parameters at its start."""
+    digest = hashlib.sha256(recipe.encode())
+    digest.update(save({name: value.detach().contiguous() for name, value in parameters.items()}))
+    return digest.hexdigest()[:16]
+
+
+def _finite(kl: float, step: int) -> float:
+    if not math.isfinite(kl):
+        raise ValueError(f"the loss is {kl} after step {step}: lower the rate")
+    return kl

@@ -1,0 +1,77 @@
+"""Low-rank layers in place of a dense one: nearest to its weights, or to its outputs on its activations.
+
+Plain SVD of the weight, and reduced-rank regression of the outputs on the inputs (`linalg.regression`). Cost: one
+decomposition; rank (in + out) multiplications a token.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from chassis_utils.linalg.moments import Moments
+from chassis_utils.linalg.regression import RankPath, reduced_rank
+
+
+class LowRankLinear(nn.Module):
+    """y = up down x + bias; takes the place of an `nn.Linear`. Of rank 0 it is the bias alone, or zero."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        limit = min(in_features, out_features)
+        if not 0 <= rank <= limit:
+            raise ValueError(f"rank {rank} does not fit a layer {in_features} -> {out_features}: use 0 to {limit}")
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=dtype))
+        self.up = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What to call the class with to get a layer of these shapes."""
+        sizes = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
+        return sizes | {"bias": self.bias is not None}
+
+    def forward(self, x: Float[Tensor, "*batch d_x"]) -> Float[Tensor, "*batch d_y"]:
+        """Two products: `rank` (in + out) multiplications a token."""
+        return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
+
+
+def low_rank(linear: nn.Linear, rank: int) -> LowRankLinear:
+    """The layer of `rank` nearest to `linear` in the Frobenius norm, with its bias."""
+    u, s, vt = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+    bias = None if linear.bias is None else linear.bias.detach()
+    return _low_rank(linear, vt[:rank], u[:, :rank] * s[:rank], bias)
+
+
+def low_rank_aware(linear: nn.Linear, moments: Moments, penalty: float, rank: int) -> LowRankLinear:
+    """The layer of `rank` nearest to `linear` on its activations (`regression.reduced_rank`), with a bias."""
+    return layer_at_rank(linear, reduced_rank(moments, penalty), rank)
+
+
+def layer_at_rank(linear: nn.Linear, path: RankPath, rank: int) -> LowRankLinear:
+    """One rank of a path of solutions, in the dtype and device of `linear`."""
+    return _low_rank(linear, path.left[:, :rank].T, path.right[:, :rank], path.at(rank).bias)
+
+
+def equal_rank(linear: nn.Linear, block_size: int) -> int:
+    """The largest rank, at least 1, with no more weights than blocks of that size hold."""
+    p, q = (-(-size // block_size) for size in linear.weight.shape)
+    return max(1, p * q * block_size // sum(linear.weight.shape))
+
+
+def _low_rank(linear: nn.Linear, down: Tensor, up: Tensor, bias: Tensor | None) -> LowRankLinear:
+    like = linear.weight
+    sizes = (linear.in_features, linear.out_features, len(down))
+    layer = LowRankLinear(*sizes, bias is not None, like.device, like.dtype)
+    layer.load_state_dict({"down": down, "up": up} | ({} if bias is None else {"bias": bias}))
+    return layer

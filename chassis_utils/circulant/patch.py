@@ -1,0 +1,159 @@
+"""Linear layers of a live model taken out and others put in their place, and back.
+
+A layer is named by its path in the network (`model.layers.0.mlp.up_proj`). Patching sets
+attributes: taking a patch off puts the very same modules back, so the outputs are those of before to the
+bit. What a patch holds is stored as config.json and model.safetensors with the fingerprint of the
+model that it was made for. Cost: none but that of the layers.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from chassis_utils.circulant.layer import BlockCirculantLinear
+from chassis_utils.circulant.low_rank import LowRankLinear
+from chassis_utils.files import write_atomically
+from chassis_utils.lm.model import LanguageModel
+
+FORMAT = 1  # of what `save_pretrained` writes
+KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (BlockCirculantLinear, LowRankLinear)}
+LINEAR = (nn.Linear, Conv1D, *KINDS.values())
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """The same map as an `nn.Linear` that shares its parameters; GPT-2's `Conv1D` holds them transposed.
+
+    Raises `ValueError` for any other kind of module.
+    """
+    if isinstance(module, nn.Linear):
+        return module
+    if not isinstance(module, Conv1D):
+        raise ValueError(f"a {type(module).__name__} is no linear layer: name an nn.Linear or a Conv1D")
+    inputs, outputs = module.weight.shape
+    linear = nn.Linear(inputs, outputs, device="meta")
+    linear.weight = nn.Parameter(module.weight.detach().T, requires_grad=False)
+    linear.bias = module.bias
+    return linear
+
+
+def mlp_projections(network: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
+    """Path -> module of the linear layers in the MLP of one block, patched or not, in the order of the block.
+
+    Raises `ValueError` for a layer that the network does not have, and for blocks without `mlp`.
+    """
+    depth = network.config.get_text_config().num_hidden_layers
+    if not 0 <= layer < depth:
+        raise ValueError(f"there is no layer {layer}: this network has layers 0 to {depth - 1}")
+    stacks = (name for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
+    blocks = next((name for name in stacks if len(network.get_submodule(name)) == depth), "")
+    prefix = f"{blocks}.{layer}.mlp."
+    found = {
+        name: module
+        for name, module in network.named_modules()
+        if name.startswith(prefix) and isinstance(module, LINEAR)
+    }
+    if not found:
+        raise ValueError(
+            f"no linear layer below {prefix[:-1]!r} of a {type(network).__name__}: name the paths yourself"
+        )
+    return found
+
+
+class Patch:
+    """What `patch` put in; taken off by `remove`, or at the end of a `with` block."""
+
+    def __init__(self, network: PreTrainedModel, replacements: Mapping[str, nn.Module]) -> None:
+        self._network, self._inside = network, dict(replacements)
+        self._outside = {path: network.get_submodule(path) for path in replacements}
+        for path, module in self._inside.items():
+            network.set_submodule(path, module)
+
+    def remove(self) -> None:
+        """Put the modules of before back; nothing where that has been done.
+
+        Raises `RuntimeError` where another patch lies on top: take patches off in reverse order.
+        """
+        for path in self._outside:
+            if self._network.get_submodule(path) is not self._inside[path]:
+                raise RuntimeError(f"{path!r} has been patched again since: take that patch off first")
+        for path, module in self._outside.items():
+            self._network.set_submodule(path, module)
+        self._outside = {}
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+
+def patch(network: PreTrainedModel, replacements: Mapping[str, nn.Module]) -> Patch:
+    """Put each module in the place that its path names, until the patch is removed.
+
+    >>> from chassis_utils import load, patch, replacements
+    >>> model = load("models/port-llama")
+    >>> with patch(model.network, replacements(model, [0], block_size=8, how="average")):
+    ...     patched = model.greedy("Return the", tokens=4)
+
+    Raises `ValueError`, with nothing changed, for a path that the network does not have or
+    that holds no linear layer, and for sizes that differ from those of the layer there.
+    """
+    present = dict(network.named_modules())
+    for path, module in replacements.items():
+        if path not in present:
+            raise ValueError(f"a {type(network).__name__} has no module {path!r}: see `mlp_projections` for its paths")
+        new, old = _sizes(module), _sizes(present[path])
+        if new != old:
+            raise ValueError(f"{path!r} maps {old[0]} -> {old[1]}, its replacement {new[0]} -> {new[1]}")
+    return Patch(network, replacements)
+
+
+def save_pretrained(replacements: Mapping[str, nn.Module], folder: Path, base: LanguageModel) -> None:
+    """Write replacements made for `base` to config.json and model.safetensors in `folder`."""
+    kinds = {path: {"kind": type(module).__name__} | _arguments(module) for path, module in replacements.items()}
+    config = {"format": FORMAT, "base": base.name, "fingerprint": base.fingerprint, "modules": kinds}
+    states = {path: module.state_dict() for path, module in replacements.items()}
+    tensors = {f"{path}.{name}": value for path, state in states.items() for name, value in state.items()}
+    write_atomically(folder / "model.safetensors", save(tensors))
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def from_pretrained(folder: Path, base: LanguageModel) -> dict[str, nn.Module]:
+    """Read what `save_pretrained` wrote, for `patch`; on the device of `base`.
+
+    Raises `ValueError` where `base` is not the model that it was written for.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config["format"] != FORMAT:
+        raise ValueError(f"{folder} has format {config['format']}, this version reads {FORMAT}: save it again")
+    if config["fingerprint"] != base.fingerprint:
+        raise ValueError(
+            f"{folder} was made for {config['base']} ({config['fingerprint']}), not for {base.name} "
+            f"({base.fingerprint}): load that model, or fit this one anew"
+        )
+    tensors = load_file(folder / "model.safetensors", device=str(base.device))
+    found = {}
+    for path, arguments in config["modules"].items():
+        module = KINDS[arguments.pop("kind")](**arguments, device=torch.device("meta"))
+        state = {name: tensors[f"{path}.{name}"] for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)  # in the dtype that was saved
+        found[path] = module
+    return found
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    linear: Any = module if hasattr(module, "in_features") else as_linear(module)
+    return linear.in_features, linear.out_features
+
+
+def _arguments(module: nn.Module) -> dict[str, Any]:
+    if not isinstance(module, (BlockCirculantLinear, LowRankLinear)):
+        raise ValueError(f"a {type(module).__name__} cannot be stored: only {' and '.join(KINDS)} can")
+    return module.arguments

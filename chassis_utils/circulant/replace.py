@@ -1,0 +1,115 @@
+"""The MLP projections of chosen layers replaced, one after another, by cheap layers fitted where they stand.
+
+For each projection in forward order: its inputs x in the network as replaced so far, its
+outputs y in the untouched one, at every real token of the training prompts, streamed into
+moments with one fold for each group of prompts; penalty by K-fold; the layer of `closed_form` or `low_rank`
+nearest on them; then the next, which sees what this one made of its inputs.
+
+Cost: for each projection two runs of its block, and the moments of `closed_form`; memory that of
+the moments, once for each fold, and of `activations`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
+from operator import add
+from typing import TypeVar
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from chassis_utils.circulant.activations import Walk
+from chassis_utils.circulant.closed_form import CirculantMoments, activation_aware, choose_circulant_penalty
+from chassis_utils.circulant.layer import BlockCirculantLinear
+from chassis_utils.circulant.low_rank import LowRankLinear, equal_rank, low_rank, low_rank_aware
+from chassis_utils.circulant.patch import as_linear, mlp_projections
+from chassis_utils.linalg.moments import Moments
+from chassis_utils.linalg.regression import choose_penalty
+from chassis_utils.lm.model import LanguageModel
+from chassis_utils.text.prompts import Prompt, fold_numbers
+
+FIXED = ("zero", "average", "low_rank")  # of the weights alone
+FITTED = ("aware", "low_rank_aware")  # on activations
+Sums = TypeVar("Sums", Moments, CirculantMoments)
+
+
+def replacements(
+    model: LanguageModel,
+    layers: Sequence[int],
+    block_size: int,
+    how: str,
+    prompts: Sequence[Prompt] = (),
+    sequential: bool = True,
+) -> dict[str, nn.Module]:
+    """Path -> layer for every MLP projection of `layers`, for `patch`; the model is left as it was.
+
+    >>> from chassis_utils import load, replacements
+    >>> [path.rpartition(".")[2] for path in replacements(load("models/port-llama"), [0], 8, how="average")]
+    ['gate_proj', 'up_proj', 'down_proj']
+
+    `how`: `average` and `aware` (block-circulant), `low_rank` and `low_rank_aware` (with at
+    most as many weights), `zero` (the last projection of each MLP gives nothing). The aware ones are
+    fitted on `prompts`; with `sequential` false, to the inputs of the untouched network.
+
+    Raises `ValueError` for an unknown `how`, prompts that cannot be read or held out, activations that
+    are not finite, and layers or block sizes that do not fit.
+    """
+    if how not in (*FIXED, *FITTED):
+        raise ValueError(f"replacement {how!r} is unknown: use one of {', '.join((*FIXED, *FITTED))}")
+    mlps = [mlp_projections(model.network, layer) for layer in sorted(set(layers))]
+    if how == "zero":
+        return {path: _nothing(as_linear(module)) for path, module in (list(mlp.items())[-1] for mlp in mlps)}
+    modules = {path: module for mlp in mlps for path, module in mlp.items()}
+    if how in FIXED:
+        return {path: _of_weights(as_linear(module), block_size, how) for path, module in modules.items()}
+    walks = [Walk(model, fold, min(layers)) for fold in by_fold(prompts)]
+    found: dict[str, nn.Module] = {}
+    bar = tqdm(total=len(modules), desc=f"{how} layers of {model.name}", disable=None, leave=False)
+    for layer in range(min(layers), max(layers) + 1):
+        for path, module in mlp_projections(model.network, layer).items() if layer in layers else ():
+            before = dict(found) if sequential else {}
+            found[path] = _fitted(how, as_linear(module), walks, path, before, block_size)
+            bar.update()
+        for walk in walks if layer < max(layers) else ():
+            walk.advance(found if sequential else {})
+    bar.close()
+    return found
+
+
+def collect(
+    walks: Sequence[Walk],
+    path: str,
+    before: Mapping[str, nn.Module],
+    moments_of: Callable[[Tensor, Tensor], Sums],
+) -> list[Sums]:
+    """The moments of `Walk.activations`, streamed; one for each walk."""
+    return [reduce(add, (moments_of(x, y) for x, y in walk.activations(path, before))) for walk in walks]
+
+
+def by_fold(prompts: Sequence[Prompt]) -> list[list[str]]:
+    """The texts of each fold, for one walk each."""
+    numbers = fold_numbers(list(prompts))
+    return [
+        [prompt.text for prompt, number in zip(prompts, numbers, strict=True) if number == fold]
+        for fold in range(max(numbers) + 1)
+    ]
+
+
+def _nothing(linear: nn.Linear) -> LowRankLinear:
+    sizes = (linear.in_features, linear.out_features)
+    return LowRankLinear(*sizes, rank=0, bias=False, device=linear.weight.device, dtype=linear.weight.dtype)
+
+
+def _of_weights(linear: nn.Linear, block_size: int, how: str) -> nn.Module:
+    if how == "average":
+        return BlockCirculantLinear.from_linear(linear, block_size)
+    return low_rank(linear, equal_rank(linear, block_size))
+
+
+def _fitted(
+    how: str, linear: nn.Linear, walks: Sequence[Walk], path: str, before: Mapping[str, nn.Module], block_size: int
+) -> nn.Module:
+    if how == "aware":
+        sums = collect(walks, path, before, partial(CirculantMoments.of, block_size=block_size))
+        return activation_aware(linear, reduce(add, sums), choose_circulant_penalty(linear, sums)[0])
+    moments = collect(walks, path, before, Moments.of)
+    return low_rank_aware(linear, reduce(add, moments), choose_penalty(moments)[0], equal_rank(linear, block_size))

@@ -1,0 +1,40 @@
+"""A checkpoint that shares the base's tokenizer as the expert. Cost: one pass of it over the texts, kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.states import last_states
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """Another checkpoint with the base's tokenizer; `ValueError` where the tokens differ.
+
+    >>> from chassis_utils import Sibling, load
+    >>> expert = Sibling(load("models/port-llama"), load("models/sibling-math"))
+    >>> expert.logits(["What is 2 + 3?"]).shape
+    torch.Size([1, 4096])
+    """
+
+    base: LanguageModel
+    model: LanguageModel
+
+    def __post_init__(self) -> None:
+        first, second = (model.tokenizer.get_vocab() for model in (self.base, self.model))
+        sizes = [len(model.head.weight) for model in (self.base, self.model)]
+        if first != second or sizes[0] != sizes[1]:
+            differing = len(first.items() ^ second.items())
+            raise ValueError(
+                f"{self.model.name!r} is no sibling of {self.base.name!r}: {differing} entries of their vocabularies "
+                f"differ and they give {sizes[1]} and {sizes[0]} logits; take a checkpoint of the same tokenizer"
+            )
+
+    def logits(
+        self, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
+    ) -> Float[Tensor, "n vocab"]:
+        """The sibling's own logits; `ValueError` as of `states.collect`."""
+        return self.model.head(last_states(self.model, texts, positions))

@@ -1,0 +1,87 @@
+"""The synthetic expert: the base with its last state edited by a low-rank map, h_e = h + s (h U) V^T, and its head.
+
+The expert of the CHASSIS study, with its strength s set by effect: the KL between expert and base on given states.
+Cost: that of the base.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Float64, Shaped
+from scipy.optimize import brentq
+from torch import Tensor
+
+from chassis_utils.lm.model import Head, LanguageModel
+from chassis_utils.lm.states import last_states
+from chassis_utils.metrics import kl_divergence
+
+STRONGEST = 2.0**30  # where the search for a strength gives up: the softmax is one token long before
+SPREAD = 0.01  # standard deviation of the entries of U and V, as in the CHASSIS study
+
+
+@dataclass(frozen=True)
+class SyntheticExpert:
+    """h_e = h + strength (h U) V^T, in float64."""
+
+    u: Float64[Tensor, "d rank"]
+    v: Float64[Tensor, "d rank"]
+    strength: float = 1.0
+
+    @classmethod
+    def draw(cls, width: int, rank: int, seed: int = 0) -> "SyntheticExpert":
+        """Factors drawn from N(0, 0.01^2); the seed alone decides them."""
+        if not 1 <= rank <= width:
+            raise ValueError(f"expert rank {rank} does not fit states of width {width}: use 1 to {width}")
+        generator = torch.Generator().manual_seed(seed)
+        u, v = torch.randn(2, width, rank, generator=generator, dtype=torch.float64) * SPREAD
+        return cls(u, v)
+
+    def edit(self, h: Shaped[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
+        """The edit h_e - h."""
+        return self.strength * (h.double() @ self.u) @ self.v.T
+
+    def states(self, h: Shaped[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
+        """The expert's states h_e."""
+        return h.double() + self.edit(h)
+
+    def with_effect(self, kl: float, head: Head, h: Shaped[Tensor, "n d"]) -> "SyntheticExpert":
+        """The same expert with the strength at which KL(expert || base) is `kl` nats on `h`.
+
+        The strength is bracketed by doubling and found by Brent's method to 1 part in ten thousand.
+        Raises `ValueError` for an effect that no strength has.
+        """
+        base = head(h)
+        low, high = 0.0, 1.0
+        while self._effect(high, head, h, base) < kl:
+            low, high = high, 2 * high
+            if high > STRONGEST:
+                raise ValueError(f"no strength of this expert reaches {kl} nats: ask for less, or raise its rank")
+        strength = brentq(lambda tried: self._effect(tried, head, h, base) - kl, low, high, rtol=1e-4, xtol=1e-9)
+        return replace(self, strength=strength)
+
+    def _effect(self, strength: float, head: Head, h: Tensor, base: Tensor) -> float:
+        expert = head(replace(self, strength=strength).states(h))
+        return float(kl_divergence(expert, base).mean())
+
+
+@dataclass(frozen=True)
+class SyntheticModel:
+    """A synthetic expert on the base that it edits, as an `Expert`."""
+
+    base: LanguageModel
+    edit: SyntheticExpert
+
+    def logits(
+        self, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
+    ) -> Float[Tensor, "n vocab"]:
+        """The base's head on the edited states; `ValueError` as of `states.collect`."""
+        return self.base.head(self.edit.states(last_states(self.base, texts, positions)))
+
+
+def draw_experts(
+    head: Head, h: Shaped[Tensor, "n d"], rank: int, edits: Sequence[float], seeds: Sequence[int]
+) -> dict[tuple[float, int], SyntheticExpert]:
+    """One expert for each effect (nats on states `h`) and seed, by (effect, seed)."""
+    drawn = {seed: SyntheticExpert.draw(h.shape[1], rank, seed) for seed in seeds}
+    return {(edit, seed): drawn[seed].with_effect(edit, head, h) for edit in edits for seed in seeds}

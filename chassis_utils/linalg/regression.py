@@ -1,0 +1,207 @@
+"""Ridge and reduced-rank regression in closed form, from moments alone.
+
+Ridge: M = (G + lambda I)^-1 C with G, C the centred moments. Reduced rank: minimise
+||(X M - Y) K^(1/2)||^2 + lambda ||M K^(1/2)||^2 over rank(M) <= r. With G + lambda I = L L^T
+and K = J J^T, one SVD  L^-1 C J = U S V^T  gives every rank at once,
+M_r = L^-T U_r S_r V_r^T J^-1  (Mukherjee and Zhu 2011; the weighted form is generalised
+low-rank approximation, Friedland and Torokhti 2007), and the objective falls by s_i^2 with
+each rank. The ridge is chosen by K-fold validation, a fold left out by subtraction.
+
+Everything is float64; systems are solved by Cholesky, by the symmetric eigendecomposition
+where that fails, never by an inverse. Cost: a few d^3, whatever n.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64, Inexact, Shaped
+from torch import Tensor
+
+from chassis_utils.linalg.moments import Moments, merge
+
+ROUNDING = 1e-12  # of the targets' variance: errors closer than this are equal
+RELATIVE_RIDGES = tuple(10.0 ** (k / 2) for k in range(-18, 5))  # times the mean eigenvalue of the Gram matrix
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """x -> x M + b, in float64."""
+
+    weight: Float64[Tensor, "d_x d_y"]
+    bias: Float64[Tensor, "d_y"]
+
+    def __call__(self, x: Shaped[Tensor, "n d_x"]) -> Float64[Tensor, "n d_y"]:
+        """Apply to each row, upcast to float64."""
+        return x.double() @ self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class RankPath:
+    """The reduced-rank solutions of every rank: M_r = left[:, :r] right[:, :r]^T."""
+
+    left: Float64[Tensor, "d_x k"]
+    right: Float64[Tensor, "d_y k"]
+    singular_values: Float64[Tensor, "k"]
+    x_mean: Float64[Tensor, "d_x"]
+    y_mean: Float64[Tensor, "d_y"]
+
+    def at(self, rank: int) -> LinearMap:
+        """The solution of one rank, 0 to k; `ValueError` beyond."""
+        limit = len(self.singular_values)
+        if not 0 <= rank <= limit:
+            raise ValueError(f"rank {rank} is beyond the limit: these moments give ranks 0 to {limit}")
+        weight = self.left[:, :rank] @ self.right[:, :rank].T
+        return LinearMap(weight, self.y_mean - self.x_mean @ weight)
+
+
+def solve_symmetric(a: Inexact[Tensor, "d d"], b: Inexact[Tensor, "d m"]) -> Inexact[Tensor, "d m"]:
+    """Solve a z = b for symmetric or Hermitian positive semidefinite a (least norm where a is singular)."""
+    factor, failed = torch.linalg.cholesky_ex(a)
+    if not failed:
+        return torch.cholesky_solve(b, factor)
+    values, vectors = torch.linalg.eigh(a)
+    keep = values > values[-1] * 100 * len(values) * torch.finfo(values.dtype).eps  # beyond what centring leaves
+    return vectors[:, keep] @ ((vectors[:, keep].mH @ b) / values[keep, None])
+
+
+def ridge(moments: Moments, penalty: float) -> LinearMap:
+    """Centred ridge regression with an intercept; `penalty` is added to the Gram matrix's diagonal.
+
+    Raises `ValueError` for fewer samples than unknowns without a penalty.
+    """
+    check_penalty(penalty, float(moments.n), len(moments.x_sum) + 1)
+    eye = torch.eye(len(moments.x_sum), dtype=torch.float64, device=moments.xx.device)
+    weight = solve_symmetric(moments.xx_centred + penalty * eye, moments.xy_centred)
+    return LinearMap(weight, moments.y_mean - moments.x_mean @ weight)
+
+
+def reduced_rank(moments: Moments, penalty: float, metric: Float64[Tensor, "d_y d_y"] | None = None) -> RankPath:
+    """The whole rank path under `metric` (K above; the identity where none is given), from one SVD.
+
+    Raises `ValueError` for fewer samples than unknowns without a penalty.
+    """
+    check_penalty(penalty, float(moments.n), len(moments.x_sum) + 1)
+    _, unroot_x = _roots(moments.xx_centred, penalty)
+    cross = unroot_x.T @ moments.xy_centred
+    if metric is None:
+        u, s, vt = torch.linalg.svd(cross, full_matrices=False)
+        return RankPath(unroot_x @ (u * s), vt.T, s, moments.x_mean, moments.y_mean)
+    root_y, unroot_y = _roots(metric, 0.0)
+    u, s, vt = torch.linalg.svd(cross @ root_y, full_matrices=False)
+    return RankPath(unroot_x @ (u * s), unroot_y @ vt.T, s, moments.x_mean, moments.y_mean)
+
+
+def mean_eigenvalue(moments: Moments) -> float:
+    """Mean eigenvalue of the centred Gram matrix: the unit of `RELATIVE_RIDGES`."""
+    return float(moments.xx_centred.trace() / len(moments.x_sum))
+
+
+def squared_error(
+    moments: Moments, fitted: LinearMap, metric: Float64[Tensor, "d_y d_y"] | None = None
+) -> Float64[Tensor, ""]:
+    """Sum over samples of (x M + b - y) K (x M + b - y)^T, from the moments of those samples."""
+    m, b = fitted.weight, fitted.bias
+    xb = torch.outer(moments.x_sum @ m, b)
+    fit = m.T @ moments.xx @ m + xb + xb.T + moments.n * torch.outer(b, b)
+    cross = m.T @ moments.xy + torch.outer(b, moments.y_sum)
+    residual = fit - cross - cross.T + moments.yy
+    return residual.trace() if metric is None else (residual * metric).sum()
+
+
+def choose_penalty(
+    folds: Sequence[Moments],
+    metric: Float64[Tensor, "d_y d_y"] | None = None,
+    relative: Sequence[float] = RELATIVE_RIDGES,
+) -> tuple[float, dict[float, float]]:
+    """The penalty with the least K-fold error, and the held-out error per sample of each candidate.
+
+    Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix. Among errors
+    that differ by rounding alone the largest penalty is taken, so that an exactly linear target
+    does not leave the choice to noise.
+    """
+    whole = merge(folds)
+    metric = torch.eye(len(whole.y_sum)).to(whole.yy) if metric is None else metric
+    unit = mean_eigenvalue(whole) or 1.0  # constant inputs: any penalty gives the mean
+    candidates = whole.xx.new_tensor([factor * unit for factor in relative])
+    held_out = [_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds]
+    errors = torch.stack(held_out).sum(0) / whole.n
+    rounding = ROUNDING * max(0.0, float((whole.yy_centred * metric).sum() / whole.n))  # constant targets: noise
+    best = float(candidates[errors <= errors.min() + rounding].max())
+    return best, dict(zip(candidates.tolist(), errors.tolist(), strict=True))
+
+
+def choose_rank(
+    folds: Sequence[Moments],
+    penalty: float,
+    metric: Float64[Tensor, "d_y d_y"] | None = None,
+    ranks: Sequence[int] | None = None,
+) -> tuple[int, dict[int, float]]:
+    """The rank with the least K-fold error under `metric`, and the held-out error per sample of each.
+
+    Among errors that differ by rounding alone the smallest rank is taken. All ranks unless given.
+    """
+    whole = merge(folds)
+    paths = [reduced_rank(whole - fold, penalty, metric) for fold in folds]
+    ranks = range(len(paths[0].singular_values) + 1) if ranks is None else ranks
+    errors = {
+        rank: sum(float(squared_error(fold, path.at(rank), metric)) for fold, path in zip(folds, paths, strict=True))
+        / float(whole.n)
+        for rank in ranks
+    }
+    variance = whole.yy.trace() if metric is None else (whole.yy * metric).sum()
+    rounding = ROUNDING * float(variance / whole.n)
+    return min(rank for rank, error in errors.items() if error <= min(errors.values()) + rounding), errors
+
+
+def _held_out_errors(
+    rest: Moments, fold: Moments, penalties: Float64[Tensor, "k"], metric: Float64[Tensor, "d_y d_y"]
+) -> Float64[Tensor, "k"]:
+    """Squared error on `fold` of ridge fitted to `rest`, for each penalty, from one eigendecomposition.
+
+    About the means of `rest`, with its Gram matrix V diag(g) V^T and R = V^T C, the fit is V diag(w) R
+    with w = 1 / (g + penalty), so the error is a quadratic form in w: d^2 for each penalty.
+    """
+    values, vectors = torch.linalg.eigh(rest.xx_centred)
+    rotated = vectors.T @ rest.xy_centred
+    x_off, y_off = fold.x_sum - fold.n * rest.x_mean, fold.y_sum - fold.n * rest.y_mean
+    xx = fold.xx_centred + torch.outer(x_off, x_off) / fold.n
+    xy = fold.xy_centred + torch.outer(x_off, y_off) / fold.n
+    yy = fold.yy_centred + torch.outer(y_off, y_off) / fold.n
+    linear = ((vectors.T @ xy @ metric) * rotated).sum(1)
+    quadratic = (vectors.T @ xx @ vectors) * (rotated @ metric @ rotated.T)
+    weights = 1 / (values.clamp_min(0.0) + penalties[:, None])
+    return (yy * metric).sum() - 2 * weights @ linear + ((weights @ quadratic) * weights).sum(1)
+
+
+def vocabulary_metric(
+    unembedding: Shaped[Tensor, "vocab d"], mean_probabilities: Float64[Tensor, "vocab"]
+) -> Float64[Tensor, "d d"]:
+    """W^T (diag p - p p^T) W: squared error in hidden coordinates as KL sees it to second order.
+
+    `mean_probabilities` is the expert's mean next-token distribution, the shared
+    approximation to the Fisher form of the softmax.
+    """
+    w, p = unembedding.double(), mean_probabilities.double()
+    centred = w - p @ w
+    return centred.T @ (centred * p[:, None])
+
+
+def check_penalty(penalty: float, samples: float, unknowns: int) -> None:
+    """Raise `ValueError` for a negative ridge, and for fewer samples than unknowns without one."""
+    if penalty < 0:
+        raise ValueError(f"ridge {penalty} is negative: use zero or more")
+    if penalty == 0 and samples < unknowns:
+        raise ValueError(
+            f"{int(samples)} samples do not determine {unknowns} unknowns without a ridge: "
+            "collect more prompts or set a ridge above zero"
+        )
+
+
+def _roots(a: Float64[Tensor, "d d"], penalty: float) -> tuple[Tensor, Tensor]:
+    """R with R R^T = a + penalty I, and the transpose of its (pseudo-)inverse; both [d, d]."""
+    values, vectors = torch.linalg.eigh(a)
+    values = values.clamp_min(0.0) + penalty
+    keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    inverse = torch.where(keep, values, torch.inf).rsqrt()
+    return vectors * values.sqrt(), vectors * inverse

@@ -1,0 +1,77 @@
+"""Bits per byte: how well a language model predicts text, comparable between tokenizers.
+
+Long documents are read in windows of the length the micro checkpoints were trained on;
+every window but the first starts with tokens already scored, which are context only.
+Cost: one forward pass over the text, a third more for the context.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from tqdm import tqdm
+
+from chassis_utils.lm.forward import pad
+from chassis_utils.lm.model import LanguageModel
+from chassis_utils.metrics import standard_error
+
+WINDOW, CONTEXT = 256, 64  # tokens read at a time; of these, context in every window but the first
+BATCH = 16  # windows of one forward pass
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Bits and UTF-8 bytes of each document."""
+
+    bits: Float64[Tensor, "documents"]
+    sizes: Float64[Tensor, "documents"]
+
+    def __getitem__(self, chosen: Sequence[int]) -> "BitsPerByte":
+        """The same for some of the documents."""
+        return BitsPerByte(self.bits[chosen], self.sizes[chosen])
+
+    @property
+    def mean(self) -> float:
+        """Bits per byte: total bits over total bytes."""
+        return float(self.bits.sum() / self.sizes.sum())
+
+    @property
+    def se(self) -> float:
+        """Standard error of `mean` over documents (ratio estimator); NaN for a single one."""
+        return standard_error((self.bits - self.mean * self.sizes) / self.sizes.mean())
+
+
+def bits_per_byte(model: LanguageModel, texts: Sequence[str]) -> BitsPerByte:
+    """Bits of each text under the model; special tokens are read but not scored.
+
+    >>> from chassis_utils import bits_per_byte, load
+    >>> bits_per_byte(load("models/port-llama"), ["Return the mean of the values."]).mean < 3
+    True
+    """
+    windows: list[tuple[int, list[int], int]] = []  # document, token ids, first scored position
+    for k, ids in enumerate(model.encode(texts)):
+        if model.start_token is not None and ids[:1] != [model.start_token]:
+            ids = [model.start_token, *ids]  # else a tokenizer that adds none spares its model the first token
+        for start in range(0, max(len(ids) - CONTEXT, 1), WINDOW - CONTEXT):
+            windows.append((k, ids[start : start + WINDOW], 1 if start == 0 else CONTEXT))
+    bits = torch.zeros(len(texts), dtype=torch.float64)
+    windows.sort(key=lambda window: len(window[1]))
+    for first in tqdm(range(0, len(windows), BATCH), desc=f"bits of {model.name}", disable=None, leave=False):
+        batch = windows[first : first + BATCH]
+        for (k, _, _), found in zip(batch, _bits(model, batch), strict=True):
+            bits[k] += found
+    sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
+    return BitsPerByte(bits, sizes)
+
+
+@torch.inference_mode()
+def _bits(model: LanguageModel, batch: list[tuple[int, list[int], int]]) -> list[float]:
+    padded, mask = pad([ids for _, ids, _ in batch], model.device)
+    logits = model.network(padded, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+    nats: Tensor = torch.nn.functional.cross_entropy(logits.flatten(0, 1), padded[:, 1:].flatten(), reduction="none")
+    nats = nats.view(len(batch), -1).double().cpu()
+    scored = [row[start - 1 : len(ids) - 1] for row, (_, ids, start) in zip(nats, batch, strict=True)]
+    return [float(row.sum()) / math.log(2) for row in scored]

@@ -1,0 +1,134 @@
+"""Running a language model on texts: encode, batch and pad, read logits, write on.
+
+Prompts of similar length share a batch within `BATCH_TOKENS` tokens. They are padded on the right where logits or
+states are read (a causal model gives each row what it gives alone) and on the left where the model writes on, so that
+every row continues at its own end. Cost: one forward pass over the padded tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from chassis_utils.lm.model import LanguageModel
+
+BATCH_TOKENS = 4096  # tokens of one forward pass, padding included
+
+
+def encode(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text; `ValueError` for no text, one without tokens or longer than the model reads."""
+    ids = model.encode(texts)
+    if not ids:
+        raise ValueError("there are no prompts for the model to read: give at least one")
+    limit = reading_limit(model)
+    for text, row in zip(texts, ids, strict=True):
+        if not row:
+            raise ValueError(f"prompt {text!r} has no tokens: remove it")
+        if len(row) > limit:
+            raise ValueError(f"prompt {text[:40]!r}... has {len(row)} tokens, {model.name} reads {limit}: shorten it")
+    return ids
+
+
+def reading_limit(model: LanguageModel) -> int | float:
+    """The most tokens that the model reads; infinite where its configuration names none."""
+    return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
+def batches(ids: Sequence[list[int]]) -> Iterator[list[int]]:
+    """Numbers of the prompts of each batch: similar lengths together, within `BATCH_TOKENS` tokens."""
+    batch: list[int] = []
+    for k in sorted(range(len(ids)), key=lambda k: len(ids[k])):
+        if batch and len(ids[k]) * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(k)
+    yield batch
+
+
+def pad(
+    rows: Sequence[list[int]], device: torch.device, left: bool = False
+) -> tuple[Int[Tensor, "n t"], Int[Tensor, "n t"]]:
+    """Token ids padded on the right (or the left), and the mask that is 1 where they are real."""
+    longest = max(map(len, rows))
+
+    def filled(row: list[int]) -> list[int]:
+        padding = [0] * (longest - len(row))
+        return padding + row if left else row + padding
+
+    ids, mask = [filled(row) for row in rows], [filled([1] * len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def every_position(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text behind which it may be continued: all but special ones and parts of a character."""
+    chosen: list[list[int]] = []
+    for encoding in model.tokenizer.encode_batch(list(texts)):
+        ends = [end for _, end in encoding.offsets]
+        later = [*ends[1:], len(texts[len(chosen)]) + 1]
+        chosen.append([k for k, (end, following) in enumerate(zip(ends, later, strict=True)) if 0 < end < following])
+    return chosen
+
+
+def prefixes(model: LanguageModel, texts: Sequence[str], positions: Sequence[Sequence[int]]) -> list[str]:
+    """Each text up to the end of each of its tokens `positions[k]`, text after text."""
+    encodings = model.tokenizer.encode_batch(list(texts))
+    return [
+        text[: encoding.offsets[place][1]]
+        for text, encoding, places in zip(texts, encodings, positions, strict=True)
+        for place in places
+    ]
+
+
+def token_logits(
+    model: LanguageModel, rows: Sequence[list[int]], every_token: bool
+) -> Float[Tensor, "positions vocab"]:
+    """Next-token logits of each prompt at its last token, or at all its real ones, prompt after prompt."""
+    ids, mask = pad(rows, model.device)
+    logits = model.network(ids, attention_mask=mask, use_cache=False).logits
+    if every_token:
+        return logits[mask.bool()]
+    return logits[torch.arange(len(rows), device=logits.device), mask.sum(1) - 1]
+
+
+@torch.no_grad()
+def read_logits(model: LanguageModel, ids: Sequence[list[int]], every_token: bool) -> list[Float[Tensor, "t vocab"]]:
+    """The same for any number of prompts, batch by batch, on the CPU: one tensor for each prompt."""
+    read: dict[int, Tensor] = {}
+    for batch in batches(ids):
+        logits = token_logits(model, [ids[k] for k in batch], every_token).cpu()
+        read |= zip(batch, logits.split([len(ids[k]) if every_token else 1 for k in batch]), strict=True)
+    return [read[k] for k in range(len(read))]
+
+
+@torch.inference_mode()
+def continuations(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
+    """Greedy continuation of each prompt, without it and without what follows an end-of-text token.
+
+    Prompts are padded on the left, so that every row continues at its own end. Raises
+    `ValueError` for a prompt without tokens, or one that with `tokens` more exceeds what the model reads.
+    """
+    ids = encode(model, prompts)
+    _check_room(model, prompts, ids, tokens)
+    ends = model.network.generation_config.eos_token_id  # a number, several, or None
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    written = [""] * len(ids)
+    for batch in batches(ids):
+        padded, mask = pad([ids[k] for k in batch], model.device, left=True)
+        grown = model.network.generate(
+            padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=min(ends, default=0)
+        )
+        for k, row in zip(batch, grown[:, padded.shape[1] :].tolist(), strict=True):
+            written[k] = model.tokenizer.decode(list(takewhile(lambda token: token not in ends, row)))
+    return written
+
+
+def _check_room(model: LanguageModel, prompts: Sequence[str], ids: Sequence[list[int]], tokens: int) -> None:
+    limit = reading_limit(model)
+    for prompt, row in zip(prompts, ids, strict=True):
+        if len(row) + tokens > limit:
+            raise ValueError(
+                f"prompt {prompt[:40]!r} has {len(row)} tokens, with {tokens} more they exceed the {limit} that "
+                f"{model.name} reads: shorten it, or continue it by less"
+            )

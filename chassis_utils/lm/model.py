@@ -1,0 +1,245 @@
+"""Loading any Hugging Face causal language model, and the map from its last state to its logits.
+
+A model is named by a folder or by a hub id. Only
+safetensors weights are read. The tokenizer is read from `tokenizer.json` itself: the
+tokenizer classes rebuild some of them with other rules for leading spaces.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jaxtyping import Float, Int, Shaped
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from chassis_utils.files import locate
+from chassis_utils.limits import require_memory
+
+HEAD_TOLERANCE = 1e-3  # largest difference between head(state) and the model's logits, per unit of logit scale
+PROBE = "The quick brown fox"
+
+
+@dataclass(frozen=True)
+class Head:
+    """State after the final norm -> logits: cap(scale (h W^T + b)); scale and cap as in Cohere, Granite, Gemma.
+
+    A model's head is kept on the CPU, where states are collected and regressions are solved.
+    """
+
+    weight: Shaped[Tensor, "vocab d"]
+    bias: Shaped[Tensor, "vocab"] | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of everything the head is: equal exactly where adapters may be exchanged."""
+        digest = hashlib.sha256(repr((self.scale, self.softcap, self.weight.dtype, self.weight.shape)).encode())
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+    def __call__(self, h: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n vocab"]:
+        """Logits in the dtype of the weights; `h` is rounded to it first, as the model does."""
+        return self.finish(self.product(h))
+
+    def product(self, h: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "n vocab"]:
+        """The product h W^T + b, where an adapter in vocabulary coordinates is added."""
+        return torch.nn.functional.linear(h.to(self.weight.dtype), self.weight, self.bias)
+
+    def finish(self, product: Shaped[Tensor, "n vocab"]) -> Shaped[Tensor, "n vocab"]:
+        """Scale and cap."""
+        z = product * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def unfinish(self, logits: Shaped[Tensor, "n vocab"]) -> Shaped[Tensor, "n vocab"]:
+        """The product that scale and cap turn into these logits; `ValueError` for logits that no product gives."""
+        if self.softcap is None:
+            return logits / self.scale
+        highest = float(logits.abs().max())
+        if highest >= self.softcap:
+            raise ValueError(
+                f"logits of {highest:.4g} are beyond the base's cap of {self.softcap:g}: no edit of the base gives "
+                "them, use an expert whose logits are capped as the base's are"
+            )
+        return self.softcap * torch.atanh(logits / self.softcap) / self.scale
+
+    def to(self, dtype: torch.dtype) -> "Head":
+        """The same head with weights in another dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Head(self.weight.to(dtype), bias, self.scale, self.softcap)
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A frozen causal language model with its tokenizer and head."""
+
+    name: str  # as asked for, for tables
+    fingerprint: str  # of config, weights and tokenizer: equal exactly when the content is
+    network: PreTrainedModel
+    tokenizer: Tokenizer
+    head: Head
+
+    @property
+    def width(self) -> int:
+        """Size of a state."""
+        return self.head.weight.shape[1]
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks; states are numbered 0 (embeddings) to `depth` (after the final norm)."""
+        return self.network.config.num_hidden_layers
+
+    @property
+    def blocks(self) -> torch.nn.ModuleList:
+        """The transformer blocks; block l reads the states of layer l."""
+        children = self.network.base_model.children()
+        return next(m for m in children if isinstance(m, torch.nn.ModuleList) and len(m) == self.depth)
+
+    @property
+    def final_norm(self) -> torch.nn.Module:
+        """The norm between the last block and the head: the one child of the base that holds only vectors."""
+        children = self.network.base_model.children()
+        return [m for m in children if (found := [*m.parameters()]) and all(p.ndim == 1 for p in found)][-1]
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of weights."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def start_token(self) -> int | None:
+        """The token that begins a text, where the configuration names one of the vocabulary."""
+        token = self.network.config.get_text_config().bos_token_id
+        return token if token is not None and token < len(self.head.weight) else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return self.network.device
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens as the tokenizer adds them, neither padded nor cut."""
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts))]
+
+    @torch.inference_mode()
+    def greedy(self, text: str, tokens: int) -> str:
+        """The greedy continuation of `text`, without it."""
+        ids = torch.tensor(self.encode([text]), device=self.device)
+        grown = self.network.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
+        return self.tokenizer.decode(grown[0].tolist()).removeprefix(self.tokenizer.decode(ids[0].tolist()))
+
+
+def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> LanguageModel:
+    """Load a frozen model by folder or hub id; `device` is CUDA where there is one unless named.
+
+    >>> from chassis_utils import load
+    >>> load("models/port-llama").width
+    256
+
+    Raises `ValueError` for a name that is neither, a checkpoint without safetensors or
+    without a tokenizer.json, and a head that does not reproduce the model's own logits;
+    `MemoryError` where the weights do not fit.
+    """
+    folder = find_folder(name)
+    if not sys.stderr.isatty():  # bars have no place in notebooks and logs
+        logging.disable_progress_bar()
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    size = stored * max(1, dtype.itemsize // 2)  # as if stored in half precision: the most it can grow
+    require_memory(size, f"the weights of {name!r}", "use a smaller model or a smaller dtype")
+    device = device or default_device()
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
+    network.requires_grad_(False)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    model = LanguageModel(name, fingerprint(folder), network, tokenizer, _head(network))
+    _check_head(model)
+    return model
+
+
+def default_device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def find_folder(name: str) -> Path:
+    """The folder that holds a checkpoint: local, or the hub's snapshot; checked for what loading needs."""
+    path = locate(name)
+    if not path.is_dir():
+        try:
+            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            raise ValueError(
+                f"model {name!r} is neither a folder nor a hub model that can be reached: "
+                "give a folder that holds one, or a hub id and a network"
+            ) from error
+    if not list(path.glob("*.safetensors")):
+        pickles = [file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in path.glob(f"*.{suffix}")]
+        found = f"only a pickle ({pickles[0]}), which can run code when read" if pickles else "no weights"
+        raise ValueError(f"checkpoint {name!r} holds {found}: convert it to safetensors")
+    for needed in ("config.json", "tokenizer.json"):
+        if not (path / needed).is_file():
+            raise ValueError(f"checkpoint {name!r} has no {needed}: save it beside the weights")
+    return path
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits from the contents of config, tokenizer and weights."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def describe(model: LanguageModel) -> dict[str, object]:
+    """Architecture and sizes of a model, for a table."""
+    layout = json.loads(model.tokenizer.to_str())
+    byte_level = "ByteLevel" in json.dumps(layout["decoder"])
+    return {
+        "model": model.name.removeprefix("models/"),
+        "architecture": type(model.network).__name__.removesuffix("ForCausalLM"),
+        "tokenizer": "byte-level BPE" if byte_level else "SentencePiece BPE",
+        "parameters": model.parameters,
+        "layers": model.depth,
+        "width": model.width,
+        "vocabulary": model.tokenizer.get_vocab_size(),
+    }
+
+
+def _head(network: PreTrainedModel) -> Head:
+    config: PretrainedConfig = network.config.get_text_config()
+    output = network.get_output_embeddings()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    bias = None if getattr(output, "bias", None) is None else output.bias.detach().cpu()
+    return Head(output.weight.detach().cpu(), bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.inference_mode()
+def _check_head(model: LanguageModel) -> None:
+    ids: Int[Tensor, "1 t"] = torch.tensor(model.encode([PROBE]), device=model.device)
+    output = model.network(ids, output_hidden_states=True, use_cache=False)
+    logits: Float[Tensor, "t vocab"] = output.logits[0].float().cpu()
+    rebuilt = model.head(output.hidden_states[-1][0].cpu()).float()
+    difference = float((rebuilt - logits).abs().max() / logits.abs().max())
+    tolerance = max(HEAD_TOLERANCE, 4 * torch.finfo(model.head.weight.dtype).eps)
+    if difference > tolerance:
+        raise ValueError(
+            f"the logits of {model.name!r} are not its head applied to its last state (off by {difference:.1e}): "
+            "its head has a part that chassis_utils.models.Head does not know"
+        )

@@ -1,0 +1,105 @@
+"""States of a model at the last token of each prompt, or at any tokens of it, at every layer.
+
+Prompts are padded on the right and masked, whatever the tokenizer's default, and states are read at real tokens, so a
+batch gives what each prompt alone gives. Layer 0 is the embeddings, the last is the state after the final norm: the
+head's input. Computed once: stored by the content of model and prompts in `build/cache/`, under a lock, so that
+notebooks running side by side share one pass. Cost: one forward pass per prompt; n * layers * width numbers.
+"""
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from itertools import accumulate
+
+import torch
+from filelock import FileLock
+from jaxtyping import Float
+from safetensors.torch import load_file, save
+from torch import Tensor
+from tqdm import tqdm
+
+from chassis_utils.files import CACHE, write_atomically
+from chassis_utils.limits import require_disk, require_memory
+from chassis_utils.lm.forward import batches, encode, pad
+from chassis_utils.lm.model import LanguageModel
+from chassis_utils.text.corpus import content_key
+
+FORMAT = 2  # raised whenever the same inputs give other states
+
+
+def collect(
+    model: LanguageModel,
+    texts: Sequence[str],
+    positions: Sequence[Sequence[int]] | None = None,
+    layers: Sequence[int] | None = None,
+) -> Float[Tensor, "layers n d"]:
+    """States [layers, n, width] of each text at its last token, or at its tokens `positions[k]`, text after text.
+
+    >>> from chassis_utils import collect, load
+    >>> collect(load("models/port-llama"), ["Return the", "What is 2 + 3?"]).shape  # layers, texts, width
+    torch.Size([9, 2, 256])
+
+    All layers, 0 to `depth`, unless given. Raises `ValueError` for a text without tokens or longer than the model
+    reads, a position outside its text, and states that are not finite; `OSError` for a full disk and
+    `MemoryError` for too little memory, both before the pass begins.
+    """
+    ids = encode(model, texts)
+    chosen = [[len(row) - 1] for row in ids] if positions is None else [list(row) for row in positions]
+    layers = list(range(model.depth + 1)) if layers is None else list(layers)
+    for text, row, places in zip(texts, ids, chosen, strict=True):
+        outside = [place for place in places if not 0 <= place < len(row)]
+        if outside:
+            raise ValueError(f"position {outside[0]} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
+    made_by = f"{FORMAT} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
+    stored = CACHE / f"states-{content_key(f'{made_by} {ids} {chosen} {layers}')}.safetensors"
+    stored.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(stored.with_suffix(".lock")):
+        if not stored.exists():
+            count = sum(map(len, chosen))
+            size = len(layers) * count * model.width * model.network.dtype.itemsize
+            remedy = "use fewer prompts or a smaller model"
+            require_memory(2 * size, f"the states of {count} tokens", remedy)  # once more while they are written
+            require_disk(size, CACHE, f"the states of {count} tokens")
+            read = _read(model, ids, chosen, layers)
+            _check_finite(read, layers, [text for text, row in zip(texts, chosen, strict=True) for _ in row])
+            write_atomically(stored, save({"states": read}))
+    return load_file(stored)["states"]
+
+
+def last_states(
+    model: LanguageModel, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
+) -> Float[Tensor, "n d"]:
+    """The states of the last layer, which the head reads, as `collect` gives them.
+
+    Those of last tokens come from the pass that gives all layers, which other callers share.
+    """
+    if positions is None:
+        return collect(model, texts)[-1]
+    return collect(model, texts, positions, layers=[model.depth])[0]
+
+
+@torch.inference_mode()
+def _read(
+    model: LanguageModel, ids: list[list[int]], chosen: list[list[int]], layers: list[int]
+) -> Float[Tensor, "layers n d"]:
+    starts = list(accumulate((len(places) for places in chosen), initial=0))  # of each text's rows in the result
+    read = torch.empty(len(layers), starts[-1], model.width, dtype=model.network.dtype)
+    with tqdm(total=len(ids), desc=f"states of {model.name}", disable=None, leave=False) as bar:
+        for batch in batches(ids):
+            padded, mask = pad([ids[k] for k in batch], model.device)
+            output = model.network.base_model(padded, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            rows = torch.tensor([row for row, k in enumerate(batch) for _ in chosen[k]], dtype=torch.long)
+            places = torch.tensor([place for k in batch for place in chosen[k]], dtype=torch.long)
+            targets = [starts[k] + j for k in batch for j in range(len(chosen[k]))]
+            for number, layer in enumerate(layers):
+                read[number, targets] = output.hidden_states[layer][rows, places].cpu()
+            bar.update(len(batch))
+    return read
+
+
+def _check_finite(read: Float[Tensor, "layers n d"], layers: list[int], texts: Sequence[str]) -> None:
+    bad = (~torch.isfinite(read).all(-1)).nonzero()
+    if len(bad):
+        number, k = bad[0].tolist()
+        raise ValueError(
+            f"state of layer {layers[number]} is not finite for prompt {texts[k][:60]!r}: use float32 or drop it"
+        )

@@ -1,0 +1,209 @@
+"""What a run of the paper consists of: one step per notebook, with all that it reads and writes.
+
+A notebook declares itself (`paper.notebook`): typed parameters, the tables and figures it writes, the tables of other
+notebooks and the checkpoints that it reads. A profile (`notebooks/profiles/*.yaml`) sets parameters and nothing else.
+Whatever is wrong is one sentence, said before anything runs.
+
+A step runs in a folder of its own; its results are moved into place when all of the notebook has succeeded, and only
+those that say something else than the stored ones do: regenerating what has not changed leaves no difference.
+Cost of a plan: milliseconds per notebook. Nothing heavy is imported before a step is executed.
+"""
+
+import json
+import os
+import shutil
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from chassis_utils.files import write_atomically
+from chassis_utils.paper.notebook import Notebook, PlanError
+
+DEFAULT_PROFILE = "micro"  # the profile whose results are committed and stand in the paper
+TABLE_SUFFIXES = (".csv", ".tex", ".md", ".json")  # the last one is the provenance
+FIGURE_SUFFIXES = (".pdf", ".png", ".json")
+PAPER_DATE = 1_767_225_600  # 2026-01-01, so that equal content compiles to equal bytes
+WHICH_RUN = ("content", "versions")  # of the provenance: who made a result, not what it says
+
+
+class StepFailed(RuntimeError):
+    """A notebook did not finish: the cell, its source and its error."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook under one profile."""
+
+    notebook: Path
+    code: str
+    parameters: dict[str, Any]  # those that the profile sets
+    reads: list[Path]  # modules, checkpoints, tables
+    writes: list[Path]  # tables and figures, the executed notebook last
+    staging: Path  # where they are written until the whole notebook has succeeded
+
+    def staged(self, product: Path) -> Path:
+        """Where `product` waits to be moved into place."""
+        return self.staging / product.parent.name / product.name
+
+
+def plan(root: Path, profile: str) -> list[Step]:
+    """The steps of a run, in the order of the notebooks' names.
+
+    Raises `PlanError` for an unknown profile, an unknown or mistyped parameter, a file that two
+    notebooks write, and a table that nobody writes.
+    """
+    notebooks = [Notebook.read(path) for path in numbered_notebooks(root)]
+    values = read_profile(root / "notebooks" / "profiles", profile)
+    known = sorted({name for notebook in notebooks for name in notebook.parameters})
+    for name in values:
+        if name not in known:
+            raise PlanError(
+                f"profile {profile!r} sets {name!r}, a parameter that no notebook has: "
+                f"remove it or choose one of {', '.join(known)}"
+            )
+    steps = [_step(root, profile, notebook, values) for notebook in notebooks]
+    writers: dict[Path, str] = {}
+    for step in steps:
+        for path in step.writes:
+            if path in writers:
+                raise PlanError(
+                    f"{path.relative_to(root)} is written by {writers[path]} and by {step.notebook.name}: "
+                    "give one of the two another name"
+                )
+            writers[path] = step.notebook.name
+    for step in steps:
+        for path in step.reads:
+            if path not in writers and not path.exists():
+                raise PlanError(
+                    f"{step.notebook.name} reads {path.relative_to(root)}, which is not there "
+                    "and which no notebook writes: check the name"
+                )
+    return steps
+
+
+def numbered_notebooks(root: Path) -> list[Path]:
+    """The notebooks of the paper, in order."""
+    return sorted((root / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def read_profile(folder: Path, profile: str) -> dict[str, Any]:
+    """The parameters that a profile sets."""
+    path = folder / f"{profile}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise PlanError(f"profile {profile!r} is unknown: choose one of {known}, or add {profile}.yaml beside them")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise PlanError(f"{path.name} holds {values!r}: a profile is a mapping of parameters to values")
+    return values
+
+
+def run_notebook(step: Step) -> None:
+    """Execute the notebook in its staging folder, then move what says something new into place.
+
+    Raises `StepFailed` and leaves the earlier results as they were when a cell fails or a
+    declared result is missing.
+    """
+    shutil.rmtree(step.staging, ignore_errors=True)
+    executed = step.staged(step.writes[-1])
+    executed.parent.mkdir(parents=True)
+    os.environ["CHASSIS_RESULTS"] = str(step.staging)
+    execute(step.notebook, executed, step.parameters)
+    missing = [product.name for product in step.writes if not step.staged(product).exists()]
+    if missing:
+        raise StepFailed(f"the notebook ended without writing {', '.join(missing)}")
+    for product in [*_new_results(step), step.writes[-1]]:
+        product.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(step.staged(product), product)
+    shutil.rmtree(step.staging)
+
+
+def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
+    """Run a notebook with papermill, in this process; `StepFailed` with the cell and its error."""
+    import papermill  # seconds to import: only here, where a notebook really runs
+    from papermill.exceptions import PapermillExecutionError
+
+    quiet = {"progress_bar": False, "record_timing": False, "extra_arguments": ["--IPKernelApp.log_level=40"]}
+    try:
+        papermill.execute_notebook(notebook, executed, parameters, coalesce_streams=True, **quiet)
+    except PapermillExecutionError as error:
+        cell = textwrap.indent(error.source, "    ")
+        raise StepFailed(f"{error.ename}: {error.evalue}\n\n{cell}\n\n(cell [{error.exec_count}])") from None
+
+
+def compile_paper(root: Path) -> None:
+    """Compile `paper/paper.typ` to PDF: the same bytes from the same content on every machine."""
+    import typst
+
+    source = root / "paper" / "paper.typ"
+    pdf = typst.compile(source, root=root, ignore_system_fonts=True, timestamp=PAPER_DATE)
+    write_atomically(source.with_suffix(".pdf"), pdf)
+
+
+def _new_results(step: Step) -> list[Path]:
+    """The tables that say something else than the stored ones, and the figures where a table or the code is new.
+
+    A figure shows the numbers of its notebook's tables: from the same content, with tables that agree, it is the same.
+    """
+    results: dict[Path, list[Path]] = {}
+    for product in step.writes[:-1]:
+        results.setdefault(product.with_suffix(""), []).append(product)
+    tables = {name for name, files in results.items() if name.with_suffix(".csv") in files}
+    new = {name for name in tables if not _same_table(step, name)}
+    same_run = all(_same_content(step, name) for name in results) and not new
+    figures = {} if same_run else {name for name in results if name not in tables and not _same_picture(step, name)}
+    return [product for name in results if name in new or name in figures for product in results[name]]
+
+
+def _same_table(step: Step, name: Path) -> bool:
+    import pandas as pd
+
+    from chassis_utils.paper.agreement import table_differences
+
+    if not all(name.with_suffix(suffix).exists() for suffix in TABLE_SUFFIXES):
+        return False
+    stored = name.with_suffix(".csv")
+    said = [
+        {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in WHICH_RUN}
+        for path in (step.staged(name.with_suffix(".json")), name.with_suffix(".json"))
+    ]
+    return said[0] == said[1] and not table_differences(pd.read_csv(step.staged(stored)), pd.read_csv(stored))
+
+
+def _same_content(step: Step, name: Path) -> bool:
+    stored = name.with_suffix(".json")
+    if not stored.exists():
+        return False
+    contents = [json.loads(path.read_text(encoding="utf-8"))["content"] for path in (step.staged(stored), stored)]
+    return contents[0] == contents[1]
+
+
+def _same_picture(step: Step, name: Path) -> bool:
+    picture = name.with_suffix(".png")
+    return picture.exists() and picture.read_bytes() == step.staged(picture).read_bytes()
+
+
+def _step(root: Path, profile: str, notebook: Notebook, values: dict[str, Any]) -> Step:
+    chosen = {name: value for name, value in values.items() if name in notebook.parameters}
+    notebook.check(chosen, f"profile {profile!r}")
+    build = root / "build" / profile
+    tables, figures = build / "tables", build / "figures"
+    if profile == DEFAULT_PROFILE:
+        tables, figures = root / "paper" / "tables", root / "figures"
+    written = [tables / f"{name}{end}" for name in notebook.names_given_to("save_table", 1) for end in TABLE_SUFFIXES]
+    written += [
+        figures / f"{name}{end}" for name in notebook.names_given_to("save_figure", 1) for end in FIGURE_SUFFIXES
+    ]
+    read = [tables / f"{name}.csv" for name in notebook.names_given_to("read_table", 0)]
+    read += [root / "paper" / "reported" / f"{name}.csv" for name in notebook.names_given_to("read_reported", 0)]
+    return Step(
+        notebook=notebook.path,
+        code=notebook.code,
+        parameters=chosen,
+        reads=[*notebook.inputs(root, notebook.defaults | chosen), *sorted(set(read) - set(written))],
+        writes=[*written, build / "notebooks" / notebook.path.name],
+        staging=build / "staging" / notebook.path.stem,
+    )

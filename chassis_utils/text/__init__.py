@@ -1,0 +1,1 @@
+"""What the models read: natural text that every installation has, and the prompt families of the studies."""
