@@ -1,4 +1,4 @@
-# paper · test · lab · refresh · clean; each creates the environment first if it is not there.
+# paper · check · test · lab · refresh · clean; each creates the environment first if it is not there.
 # make paper PROFILE=laptop    other models, see notebooks/profiles/
 # make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
 # make test NOTEBOOKS=...      nbval on these notebooks alone
@@ -8,10 +8,13 @@ NOTEBOOKS ?= notebooks
 BIN := .venv/bin
 export PROFILE
 
-.PHONY: paper test lab refresh install clean
+.PHONY: paper check test lab refresh install clean
 
 paper: install
 	$(BIN)/pytask $(ARGS)
+
+check: install
+	$(BIN)/python -m chassis_utils.paper.check
 
 test: export OMP_NUM_THREADS = 1
 test: install
@@ -26,7 +29,7 @@ lab: install
 
 refresh: override PROFILE = micro
 refresh: paper
-	$(BIN)/python notebooks/refresh.py
+	$(BIN)/python -m chassis_utils.paper.refresh
 
 install: .venv/installed
 

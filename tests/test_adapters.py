@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from samples import seeds
 from torch import Tensor
 
-from chassis_utils.adapters.adapter import Adapter, at_rank, fit_path
-from chassis_utils.adapters.fit import state_edits
+from chassis_utils.adapters.adapter import Adapter
+from chassis_utils.adapters.fit import fit_moments, state_edits
 from chassis_utils.as_reported.adapters import RIDGE, truncated_ridge
 from chassis_utils.experts.synthetic import SyntheticExpert
 from chassis_utils.linalg.moments import Moments, by_fold, merge
@@ -63,8 +63,8 @@ def test_a_planted_edit_is_recovered_exactly_at_its_rank_and_not_below(seed: int
     planted = normal(seed + 5, WIDTH, rank) @ normal(seed + 6, rank, WIDTH) / 5
     edit = h @ planted + normal(seed + 7, WIDTH)
     expert = head(h + edit)
-    path = fit_path(by_fold(h, edit, FOLDS), metric_of(head, expert), penalty=0.0)
-    adapters = [at_rank(path, r, head) for r in (rank - 1, rank)]
+    path = fit_moments(by_fold(h, edit, FOLDS), head, metric_of(head, expert), penalty=0.0)
+    adapters = [path.at(r) for r in (rank - 1, rank)]
     torch.testing.assert_close(adapters[1].edit(h), edit, rtol=1e-6, atol=1e-6)
     below, reached = (float(kl_divergence(expert, adapter.logits(h, head)).mean()) for adapter in adapters)
     assert reached < 1e-10 and below > 100 * reached
@@ -75,8 +75,8 @@ def test_the_expert_of_the_study_is_recovered_below_a_millionth_with_the_penalty
     head = head.to(torch.float32)  # as models have it: states and logits in float32
     expert = SyntheticExpert.draw(WIDTH, 2).with_effect(0.5, head, h.float())
     logits = head(expert.states(h.float()))
-    path = fit_path(by_fold(h.float(), expert.edit(h.float()), FOLDS), metric_of(head, logits))
-    kl = [float(kl_divergence(logits, at_rank(path, rank, head).logits(h.float(), head)).mean()) for rank in (1, 2)]
+    path = fit_moments(by_fold(h.float(), expert.edit(h.float()), FOLDS), head, metric_of(head, logits))
+    kl = [float(kl_divergence(logits, path.at(rank).logits(h.float(), head)).mean()) for rank in (1, 2)]
     assert kl[0] > 1e-3 and kl[1] < 1e-6
 
 
@@ -117,7 +117,7 @@ def test_no_rank_is_worse_than_that_of_the_study_and_each_lowers_the_error(seed:
     head, h = a_head(seed), states(seed)
     edit = h @ normal(seed + 5, WIDTH, WIDTH) / 5 + noise * normal(seed + 6, COUNT, WIDTH)
     moments, metric = Moments.of(h, edit), metric_of(head, head(h + edit))
-    path, other = fit_path([moments], metric, penalty=RIDGE), truncated_ridge(h, edit)
+    path, other = fit_moments([moments], head, metric, penalty=RIDGE).path, truncated_ridge(h, edit)
 
     def objective(fitted: LinearMap) -> float:
         shrinkage = (fitted.weight.T @ fitted.weight * metric).sum()
@@ -138,7 +138,7 @@ def test_the_fit_from_a_stream_is_the_fit_from_all_at_once(seed: int, batch: int
     metric = metric_of(head, head(h + edit))
     whole = [Moments.of(h[k::4], edit[k::4]) for k in range(4)]
     streamed, at_once = (
-        at_rank(fit_path(folds, metric), rank, head).edit(h) for folds in (by_fold(h, edit, FOLDS, batch), whole)
+        fit_moments(folds, head, metric).at(rank).edit(h) for folds in (by_fold(h, edit, FOLDS, batch), whole)
     )
     torch.testing.assert_close(streamed, at_once, rtol=1e-6, atol=1e-6)
 
@@ -150,15 +150,17 @@ def test_the_penalty_is_the_one_that_the_folds_choose_unless_it_is_given() -> No
     metric, folds = metric_of(head, head(h + edit)), by_fold(h, edit, FOLDS)
     for given_penalty, penalty in ((None, choose_penalty(folds, metric)[0]), (0.5, 0.5)):
         expected = reduced_rank(merge(folds), penalty, metric)
-        torch.testing.assert_close(fit_path(folds, metric, given_penalty).left, expected.left, rtol=0, atol=0)
+        torch.testing.assert_close(
+            fit_moments(folds, head, metric, given_penalty).path.left, expected.left, rtol=0, atol=0
+        )
     assert choose_penalty(folds, metric)[0] not in (0.5, choose_penalty(folds)[0], choose_penalty(folds[:2], metric)[0])
 
 
 @pytest.mark.parametrize("rank", [-1, WIDTH + 1])
 def test_a_rank_beyond_the_limit_is_refused(rank: int) -> None:
-    path = fit_path(by_fold(states(0), normal(5, COUNT, WIDTH), FOLDS))
+    path = fit_moments(by_fold(states(0), normal(5, COUNT, WIDTH), FOLDS), a_head(0))
     with pytest.raises(ValueError, match=f"rank {rank} is beyond the limit: these moments give ranks 0 to {WIDTH}"):
-        at_rank(path, rank, a_head(0))
+        path.at(rank)
 
 
 @given(seeds, st.integers(0, WIDTH), st.sets(st.integers(0, VOCABULARY - 1)))
@@ -184,8 +186,8 @@ def test_a_constant_shift_of_the_logits_is_exact_at_rank_0_with_the_intercept_an
     shift[normal(seed + 5, VOCABULARY).topk(8).indices] = 4.0  # as in the study's logit-bias expert
     expert = head(h) + shift
     edits, intercept = state_edits(expert - head(h), head, expert.softmax(-1).mean(0))
-    path = fit_path(by_fold(h, edits, FOLDS), metric_of(head, expert), penalty=1.0)
-    exact, without = at_rank(path, 0, head, intercept), at_rank(path, 0, head)
+    path = fit_moments(by_fold(h, edits, FOLDS), head, metric_of(head, expert), penalty=1.0).path
+    exact, without = Adapter.from_path(path, 0, head, intercept), Adapter.from_path(path, 0, head)
     assert float(kl_divergence(expert, exact.logits(h, head)).max()) < 1e-10
     assert float(kl_divergence(expert, without.logits(h, head)).mean()) > 1e-8
     assert exact.parameters == WIDTH + VOCABULARY
@@ -200,8 +202,8 @@ def test_changes_of_the_product_are_split_into_edits_and_an_intercept(seed: int,
     p = normal(seed + 9, VOCABULARY).softmax(-1)
     edits, intercept = state_edits(delta, head, p)
     torch.testing.assert_close(edits - edits.mean(0), edit - edit.mean(0), rtol=1e-6, atol=1e-6)
-    path = fit_path(by_fold(h, edits, FOLDS), vocabulary_metric(head.weight, p), penalty=0.0)
-    adapted = at_rank(path, rank, head, intercept).logits(h, head)
+    path = fit_moments(by_fold(h, edits, FOLDS), head, vocabulary_metric(head.weight, p), 0.0).path
+    adapted = Adapter.from_path(path, rank, head, intercept).logits(h, head)
     expert = head.finish(head.product(h) + edit @ head.weight.T + constant)
     if kind in ("plain", "bias", "scale"):  # then what softmax ignores is ignored behind the head too
         assert float(kl_divergence(expert, adapted).max()) < 1e-9
@@ -228,7 +230,7 @@ def test_regression_on_state_edits_is_regression_on_the_changes_themselves(seed:
     p = normal(seed + 6, VOCABULARY).softmax(-1)
     omega = torch.diag(p) - torch.outer(p, p)
     edits, _ = state_edits(delta, head, p)
-    path = fit_path(by_fold(h, edits, FOLDS), vocabulary_metric(head.weight, p), penalty=1e-9)
+    path = fit_moments(by_fold(h, edits, FOLDS), head, vocabulary_metric(head.weight, p), 1e-9).path
 
     def error(weight: Tensor) -> float:
         residual = (h - h.mean(0)) @ weight @ head.weight.T - (delta - delta.mean(0))
@@ -254,7 +256,12 @@ def test_an_adapter_comes_back_from_its_files(
     adapter.save_pretrained(folder)  # over what is there
     assert sorted(file.name for file in folder.iterdir()) == ["adapter.safetensors", "adapter_config.json"]
     back = Adapter.from_pretrained(str(folder), head)
-    assert (back.space, back.rank, back.head, back.parameters) == (space, rank, head.fingerprint, adapter.parameters)
+    assert (back.space, back.rank, back.head_fingerprint, back.parameters) == (
+        space,
+        rank,
+        head.fingerprint,
+        adapter.parameters,
+    )
     assert (back.intercept is None) == (not intercept)
     torch.testing.assert_close(back.logits(h, head), adapter.logits(h, head), rtol=1e-5, atol=1e-5)
 
@@ -263,7 +270,7 @@ def test_the_files_hold_float32_and_what_the_adapter_belongs_to(tmp_path: Path) 
     adapter = random_adapter(0, a_head(0), 2, intercept=True)
     adapter.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config == {"format": 1, "space": "state", "rank": 2, "head": adapter.head}
+    assert config == {"format": 2, "space": "state", "rank": 2, "head": adapter.head_fingerprint}
     size = (tmp_path / "adapter.safetensors").stat().st_size
     assert 4 * adapter.parameters < size < 4 * adapter.parameters + 400
 
@@ -296,8 +303,8 @@ def test_a_folder_without_one_of_the_files_says_which(missing: str, tmp_path: Pa
 def test_a_format_that_is_not_known_is_refused(tmp_path: Path) -> None:
     random_adapter(0, a_head(0), 2).save_pretrained(tmp_path / "mine")
     config = tmp_path / "mine" / "adapter_config.json"
-    config.write_text(config.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="adapter 'mine' has format 2, 1 is read: save it anew"):
+    config.write_text(config.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(ValueError, match="adapter 'mine' has format 3, 2 is read: save it anew"):
         Adapter.from_pretrained(tmp_path / "mine", a_head(0))
 
 

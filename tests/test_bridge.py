@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PhiConfig
 
+from chassis_utils.bridge import look_ahead as search
 from chassis_utils.bridge.bridge import Bridge
-from chassis_utils.bridge.look_ahead import Bridged, Continuations
+from chassis_utils.bridge.look_ahead import Bridged, Continuations, look_ahead, trace
 from chassis_utils.bridge.segmenter import Segmenter
 from chassis_utils.bridge.token_bytes import BYTE_FALLBACK, BYTE_LEVEL, ByteTable
 from chassis_utils.files import MODELS
@@ -30,6 +31,7 @@ TEXTS = (b" ", b"  ", b"a", b" a", b"ab", b"b ", b"c", b"ba", b"\xc3", b"\xa9", 
 TEXTS_BYTE_LEVEL = (*TEXTS, b"'", b"s", b"'s", b"!", b"1", b" 1", b"   ")
 CONTEXTS = ("a", "ab a", "c ", "b  ", "x", "é", "ca b", " ")
 CONTEXTS_BYTE_LEVEL = (*CONTEXTS, "a!", "b'", "1 ", "it's")
+MANY = 4096  # calls: more than any toy expert needs
 LONGEST = 3  # tokens of a toy expert's text
 
 
@@ -125,7 +127,7 @@ class Toy:
     @cached_property
     def exact(self) -> tuple[Tensor, Tensor]:
         """q* and the part of it owed to text that re-merges, text by text."""
-        q, aside = torch.zeros(2, len(self.base.table.pieces), dtype=torch.float64)
+        q, remerged = torch.zeros(2, len(self.base.table.pieces), dtype=torch.float64)
         context = self.context.encode()
         start = self.encode(context)
         for text, p in self.texts():
@@ -137,8 +139,8 @@ class Toy:
             else:
                 first = self.base.segment([text])[0][0]
                 q[first] += p
-                aside[first] += p
-        return q, aside
+                remerged[first] += p
+        return q, remerged
 
 
 toys = st.builds(Toy, seeds, st.sampled_from([BYTE_FALLBACK, BYTE_LEVEL]))
@@ -152,12 +154,12 @@ def distance(p: Tensor, q: Tensor) -> float:
 @given(toy=toys)
 @settings(max_examples=40)
 def test_the_reference_is_what_brute_force_finds(toy: Toy) -> None:
-    found = toy.bridge.reference(toy, toy.context, delta=1e-12)
-    q, aside = toy.exact
+    found = look_ahead(toy.bridge, toy, toy.context, MANY, 1e-12)
+    q, remerged = toy.exact
     assert found.unresolved <= 1e-12
     torch.testing.assert_close(found.q, q, rtol=0, atol=1e-9)
-    torch.testing.assert_close(found.aside, aside, rtol=0, atol=1e-9)
-    assert abs(found.remerged - float(aside.sum())) < 1e-9
+    torch.testing.assert_close(found.remerged, remerged, rtol=0, atol=1e-9)
+    assert abs(found.remerged_mass - float(remerged.sum())) < 1e-9
 
 
 @given(
@@ -170,14 +172,14 @@ def test_the_reference_is_what_brute_force_finds(toy: Toy) -> None:
 @settings(max_examples=40)
 def test_unresolved_mass_bounds_the_error(toy: Toy, calls: int, batch: int, left: float, delta: float) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bridge_module, "MOST", batch)
-        patch.setattr(bridge_module, "LEFT", left)
-        found = toy.bridge.look_ahead(toy, toy.context, calls, delta)
-    q, aside = toy.exact
+        patch.setattr(search, "MOST", batch)
+        patch.setattr(search, "DEFERRED", left)
+        found = look_ahead(toy.bridge, toy, toy.context, calls, delta)
+    q, remerged = toy.exact
     assert abs(float(found.q.sum()) - 1) < 1e-6 and found.calls <= calls
-    assert (found.q >= found.aside).all() and (found.aside >= 0).all()
+    assert (found.q >= found.remerged).all() and (found.remerged >= 0).all()
     assert distance(found.q, q) <= found.unresolved + 1e-9
-    assert abs(found.remerged - float(aside.sum())) <= found.unresolved + 1e-9
+    assert abs(found.remerged_mass - float(remerged.sum())) <= found.unresolved + 1e-9
 
 
 @given(toy=toys.filter(lambda toy: toy.family == BYTE_FALLBACK))
@@ -192,8 +194,8 @@ def test_the_unresolved_mass_of_one_step_bounds_its_error_in_every_context(toy: 
 @settings(max_examples=30)
 def test_one_step_takes_the_first_token_of_the_encoded_text(toy: Toy) -> None:
     p = toy([[]])
-    (found,) = toy.bridge.in_context(p, [toy.context], delta=1e-12)
-    q, aside = torch.zeros(2, len(toy.base.table.pieces), dtype=torch.float64)
+    found = look_ahead(toy.bridge, lambda _: p, toy.context, 0, 1e-12)
+    q, remerged = torch.zeros(2, len(toy.base.table.pieces), dtype=torch.float64)
     start = toy.encode(toy.context.encode())
     for piece, mass in zip(toy.expert.pieces, p[0], strict=True):
         whole = toy.encode(toy.context.encode() + (piece or b""))
@@ -201,9 +203,9 @@ def test_one_step_takes_the_first_token_of_the_encoded_text(toy: Toy) -> None:
         first = whole[len(start)] if kept and piece else toy.base.segment([piece or b"a"])[0][0]
         first = first if piece else toy.base.table.end
         q[first] += mass
-        aside[first] += 0 if kept else mass
+        remerged[first] += 0 if kept else mass
     torch.testing.assert_close(found.q, q, rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.aside, aside, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.remerged, remerged, rtol=0, atol=1e-12)
     assert found.calls == 0
 
 
@@ -241,28 +243,28 @@ def test_the_kept_distributions_multiply_to_the_probability_of_the_text(seed: in
 
     @cache
     def behind(text: str) -> Bridged:
-        return bridge.reference(writer.behind(text), context + text, delta=1e-12)
+        return look_ahead(bridge, writer.behind(text), context + text, MANY, 1e-12)
 
     known = own.encode(context, add_special_tokens=False).ids
     checked = 0
     for text in map("".join, itertools.product(writer.letters, repeat=3)):
         ids = own.encode(context + text, add_special_tokens=False).ids
         if ids[: len(known)] == known:
-            product, written = 1 - behind("").remerged, ""
+            product, written = 1 - behind("").remerged_mass, ""
             for token in ids[len(known) :]:
-                product *= float(behind(written).kept[token])
+                product *= float(behind(written).conditional[token])
                 written += base.table.pieces[token].decode()
-            assert abs(product * float(behind(text).kept[base.table.end]) - writer.chance(text)) < 1e-9
+            assert abs(product * float(behind(text).conditional[base.table.end]) - writer.chance(text)) < 1e-9
             checked += 1
     assert checked > 5
 
 
 @given(toy=toys, delta=st.floats(0.01, 0.99), calls=st.integers(0, 9))
 def test_light_tokens_that_nobody_looked_at_count_as_unresolved(toy: Toy, delta: float, calls: int) -> None:
-    loose = toy.bridge.look_ahead(toy, toy.context, 0, delta)
-    tight = toy.bridge.look_ahead(toy, toy.context, 0, 1e-12)
+    loose = look_ahead(toy.bridge, toy, toy.context, 0, delta)
+    tight = look_ahead(toy.bridge, toy, toy.context, 0, 1e-12)
     assert loose.unresolved >= tight.unresolved - 1e-12
-    found = toy.bridge.look_ahead(toy, toy.context, calls, delta)
+    found = look_ahead(toy.bridge, toy, toy.context, calls, delta)
     assert abs(float(found.q.sum()) - 1) < 1e-9 and distance(found.q, toy.exact[0]) <= found.unresolved + 1e-9
 
 
@@ -274,25 +276,25 @@ def test_look_ahead_stops_at_delta_and_at_its_calls() -> None:
         asked.extend(rows)
         return toy(rows)
 
-    found = toy.bridge.look_ahead(expert, toy.context, 7, 1e-9)
+    found = look_ahead(toy.bridge, expert, toy.context, 7, 1e-9)
     assert found.calls == 7 == len(asked) - 1 and asked[0] == []
-    loose = toy.bridge.look_ahead(toy, toy.context, 1000, 0.2)
-    assert 0 < loose.unresolved <= 0.2 and loose.calls < toy.bridge.reference(toy, toy.context, 1e-9).calls
+    loose = look_ahead(toy.bridge, toy, toy.context, 1000, 0.2)
+    assert 0 < loose.unresolved <= 0.2 and loose.calls < look_ahead(toy.bridge, toy, toy.context, MANY, 1e-9).calls
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_trace_is_the_look_ahead_of_each_budget(seed: int) -> None:
     toy = Toy(seed, BYTE_FALLBACK)
     budgets = [0, 4, 8, 16]  # whole batches, so that both ask the same texts
-    for budget, found in zip(budgets, toy.bridge.trace(toy, toy.context, budgets, 1e-9), strict=True):
-        alone = toy.bridge.look_ahead(toy, toy.context, budget, 1e-9)
+    for budget, found in zip(budgets, trace(toy.bridge, toy, toy.context, budgets, 1e-9), strict=True):
+        alone = look_ahead(toy.bridge, toy, toy.context, budget, 1e-9)
         assert torch.equal(found.q, alone.q) and found.calls == alone.calls
-        assert found.unresolved == alone.unresolved and torch.equal(found.aside, alone.aside)
+        assert found.unresolved == alone.unresolved and torch.equal(found.remerged, alone.remerged)
 
 
 def hard(toy: Toy) -> bool:
     """Whether twenty calls leave something unresolved."""
-    return toy.bridge.look_ahead(toy, toy.context, 20, 1e-9).unresolved > 0.01
+    return look_ahead(toy.bridge, toy, toy.context, 20, 1e-9).unresolved > 0.01
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +309,7 @@ def test_each_expert_token_goes_to_the_start_of_its_bytes(shipped: Bridge) -> No
         if piece:
             assert piece.startswith(base.pieces[int(shipped.first[token])])
     assert int(shipped.first[expert.end]) == base.end == 2
-    assert shipped.spoken.nonzero()[:, 0].tolist() == list(range(5120))
+    assert shipped.is_text.nonzero()[:, 0].tolist() == list(range(5120))
 
 
 @pytest.mark.parametrize("piece", [b" the", b"the", b"\n", b"    ", b"0", "─".encode()])
@@ -335,14 +337,19 @@ def test_padding_ids_are_dropped_before_the_softmax(shipped: Bridge) -> None:
     torch.testing.assert_close(q.sum(1), torch.ones(3))
 
 
+def in_context(bridge: Bridge, p: Tensor, texts: list[str]) -> list[Bridged]:
+    """One step behind each context, from an expert that is asked nothing more."""
+    return [look_ahead(bridge, lambda _, row=row: row[None], text, 0) for row, text in zip(p, texts, strict=True)]
+
+
 def test_runs_of_spaces_remerge_with_the_context(shipped: Bridge) -> None:
     p = torch.zeros(2, 5200, dtype=torch.float64)
     p[:, shipped.expert.ids_of[b"  "]] = 0.25
     p[:, shipped.expert.ids_of[b"("]] = 0.75
-    after_space, after_word = shipped.in_context(p, ["def f(x):\n  ", "print"])
-    assert (after_space.remerged, after_word.remerged) == (0.25, 0.0)
+    after_space, after_word = in_context(shipped, p, ["def f(x):\n  ", "print"])
+    assert (after_space.remerged_mass, after_word.remerged_mass) == (0.25, 0.0)
     torch.testing.assert_close(after_space.q, shipped.one_step(p)[0][0])
-    torch.testing.assert_close(after_space.kept[shipped.base.table.ids_of[b"("]].item(), 1.0)
+    torch.testing.assert_close(after_space.conditional[shipped.base.table.ids_of[b"("]].item(), 1.0)
 
 
 def test_a_pre_tokenizer_reads_what_stands_before() -> None:
@@ -350,10 +357,10 @@ def test_a_pre_tokenizer_reads_what_stands_before() -> None:
     bridge = Bridge.of(base, ByteTable((b"'s", b" x"), None, BYTE_LEVEL))
     quote, contraction, word = (base.table.ids_of[piece] for piece in (b"'", b"'s", b" x"))
     p = torch.tensor([[0.25, 0.75]]).repeat(2, 1)
-    after_word, after_sign = bridge.in_context(p, ["it", "it!"])  # "!'" is one word there, and "s" the next
+    after_word, after_sign = in_context(bridge, p, ["it", "it!"])  # "!'" is one word there, and "s" the next
     assert (float(after_word.q[contraction]), float(after_sign.q[quote])) == (0.25, 0.25)
     assert after_word.q[word] == after_sign.q[word] == 0.75
-    assert after_word.remerged == after_sign.remerged == 0
+    assert after_word.remerged_mass == after_sign.remerged_mass == 0
 
 
 @pytest.mark.parametrize("name", ["tiny_llama_model", "tiny_gpt2", "tiny_phi"])
@@ -386,7 +393,7 @@ def test_between_two_models_mass_goes_where_the_bytes_go(
     bridge = Bridge.between(tiny_llama_model, tiny_phi)
     text = "The cat sat"
     expert = Continuations(tiny_phi, text)
-    one, more = (bridge.look_ahead(expert, text, calls) for calls in (0, 40))
+    one, more = (look_ahead(bridge, expert, text, calls) for calls in (0, 40))
     assert (one.calls, more.calls) == (0, 40) and more.unresolved < one.unresolved
     assert distance(one.q, more.q) <= one.unresolved + more.unresolved
     torch.testing.assert_close(one.q, bridge.one_step(expert([[]]))[0][0])
@@ -418,4 +425,4 @@ def test_what_is_no_distribution_of_the_expert_is_refused(shipped: Bridge, p: Te
 
 def test_an_empty_context_is_refused(shipped: Bridge) -> None:
     with pytest.raises(ValueError, match="there is no text before the token to predict: give a context"):
-        shipped.in_context(torch.ones(1, 5200), [""])
+        look_ahead(shipped, lambda _: torch.ones(1, 5200), "", 0)

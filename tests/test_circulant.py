@@ -14,7 +14,7 @@ from samples import block_circulant, seeds
 from scipy.linalg import lstsq
 from torch import Tensor, nn
 
-import chassis_utils.circulant
+from chassis_utils.circulant import layer as layer_module
 from chassis_utils.circulant.layer import PATHS, BlockCirculantLinear, ProductPath, average, fastest_path
 
 sizes = st.integers(1, 300)
@@ -186,14 +186,14 @@ def test_the_spectrum_is_computed_once_in_use_and_anew_in_training(
     path: ProductPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 0
-    original = chassis_utils.circulant._spectrum
+    original = layer_module._spectrum
 
     def counted(*arguments: object) -> Tensor:
         nonlocal count
         count += 1
         return original(*arguments)
 
-    monkeypatch.setattr(chassis_utils.circulant, "_spectrum", counted)
+    monkeypatch.setattr(layer_module, "_spectrum", counted)
     layer = drawn((8, 12, 4))
     layer.path = path
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_a_copy_of_a_changed_layer_does_not_inherit_the_spectrum_of_before(dupli
 
 @paths
 def test_use_in_inference_mode_does_not_stand_in_the_way_of_training(path: ProductPath) -> None:
-    chassis_utils.circulant._cached_transforms.cache_clear()
+    layer_module._cached_transforms.cache_clear()
     layer = drawn((8, 12, 4))
     layer.path = path
     with torch.inference_mode():
@@ -306,8 +306,6 @@ def test_a_state_dict_holds_the_parameters_alone() -> None:
         assert set(layer.state_dict()) == {"c", "bias"}
         other.load_state_dict(layer.state_dict())
         assert torch.equal(other(inputs(1, 7)), layer(inputs(1, 7)))
-    rebuilt = BlockCirculantLinear(**layer.arguments)
-    assert [part.shape for part in rebuilt.parameters()] == [part.shape for part in layer.parameters()]
     assert repr(layer) == "BlockCirculantLinear(in_features=7, out_features=10, block_size=4, bias=True)"
 
 

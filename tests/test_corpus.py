@@ -29,8 +29,8 @@ def test_each_held_out_side_is_about_three_percent(documents: dict[str, list[Doc
 @given(st.text())
 def test_equal_content_has_one_name_and_one_side(text: str) -> None:
     one, other = Document(text), Document("".join(text))
-    assert (one.key, one.split) == (other.key, other.split)
-    assert one.split in corpus.SPLITS
+    assert (one.key, one.part) == (other.key, other.part)
+    assert one.part in corpus.PARTS
 
 
 def test_the_order_of_reading_moves_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_the_order_of_reading_moves_no_document(tmp_path: Path, monkeypatch: pyt
     for packages in (["seaborn", "tqdm"], ["tqdm", "seaborn"]):
         monkeypatch.setattr(corpus, "PACKAGES", dict.fromkeys(packages, ""))
         monkeypatch.setattr(corpus, "CACHE", tmp_path / packages[0])
-        sides.append({split: {document.key for document in read_documents(split)} for split in corpus.SPLITS})
+        sides.append({part: {document.key for document in read_documents(part)} for part in corpus.PARTS})
     assert sides[0] == sides[1] and len(sides[0]["train"]) > 50
 
 
@@ -65,7 +65,7 @@ def test_a_missing_package_is_named() -> None:
 
 
 def test_an_unknown_side_is_refused() -> None:
-    with pytest.raises(ValueError, match="split 'dev' is unknown: use one of train, val, test"):
+    with pytest.raises(ValueError, match="part 'dev' is unknown: use one of train, val, test"):
         read_documents("dev")
 
 

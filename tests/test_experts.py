@@ -15,7 +15,7 @@ from chassis_utils.adapters.adapter import Adapter
 from chassis_utils.as_reported.sizes import scaled_rank
 from chassis_utils.as_reported.text_bridge import Rescored
 from chassis_utils.bridge.bridge import Bridge
-from chassis_utils.bridge.look_ahead import Continuations
+from chassis_utils.bridge.look_ahead import Continuations, look_ahead
 from chassis_utils.experts.bridged import BridgedExpert
 from chassis_utils.experts.logit_bias import BOOSTED, LogitBias
 from chassis_utils.experts.protocol import Expert
@@ -23,7 +23,7 @@ from chassis_utils.experts.sibling import Sibling
 from chassis_utils.experts.synthetic import SyntheticExpert, SyntheticModel
 from chassis_utils.lm.forward import continuations
 from chassis_utils.lm.model import Head, LanguageModel, load
-from chassis_utils.lm.states import collect
+from chassis_utils.lm.states import collect, last_states
 from chassis_utils.metrics import kl_divergence
 
 WIDTH = 12
@@ -174,13 +174,13 @@ def test_a_logit_bias_is_an_intercept_at_rank_0(tiny_phi: LanguageModel) -> None
     nothing = torch.zeros(d, 0, dtype=torch.float64)
     shift = torch.zeros(d, dtype=torch.float64)
     adapter = Adapter("state", nothing, nothing, shift, tiny_phi.head.fingerprint, expert.bias)
-    h = Sibling(tiny_phi, tiny_phi).states(PROMPTS)
+    h = last_states(tiny_phi, PROMPTS)
     assert float(kl_divergence(expert.logits(PROMPTS), adapter.logits(h, tiny_phi.head)).max()) < 1e-12
 
 
 def test_a_sibling_speaks_for_itself(tiny_gpt2: LanguageModel, sibling: LanguageModel) -> None:
     expert = Sibling(tiny_gpt2, sibling)
-    assert expert.states(PROMPTS).shape == (len(PROMPTS), sibling.width)
+    assert last_states(expert.model, PROMPTS).shape == (len(PROMPTS), sibling.width)
     torch.testing.assert_close(expert.logits(PROMPTS), base_logits(sibling, PROMPTS), rtol=1e-4, atol=1e-4)
 
 
@@ -247,7 +247,7 @@ def test_a_bridged_expert_says_what_the_bridge_says_above_the_floor(calls: int) 
     texts = ["Returns the sum of", "What is 3 + 4?"]
     p = other.head(collect(other, texts)[-1]).softmax(-1)
     if calls:
-        q = torch.stack([bridge.look_ahead(Continuations(other, text), text, calls).q for text in texts])
+        q = torch.stack([look_ahead(bridge, Continuations(other, text), text, calls).q for text in texts])
     else:
         q = bridge.one_step(p)[0].double()
     own = base.head(collect(base, texts)[-1]).double().softmax(-1)

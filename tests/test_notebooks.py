@@ -2,7 +2,6 @@
 
 import ast
 import re
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from chassis_utils.files import ROOT
 from chassis_utils.paper.notebook import Notebook, PlanError
 from chassis_utils.paper.pipeline import plan
+from chassis_utils.paper.refresh import refresh
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LONGEST, TYPICAL = 25, 6  # lines of a code cell: at most, and in the median
@@ -155,9 +155,7 @@ def test_refresh_takes_outputs_from_the_run_and_nothing_else(tmp_path: Path) -> 
     executed.metadata["papermill"] = {}
     nbformat.write(notebook, tmp_path / "notebook.ipynb")
     nbformat.write(executed, tmp_path / "executed.ipynb")
-    runpy.run_path(str(ROOT / "notebooks" / "refresh.py"))["refresh"](
-        tmp_path / "notebook.ipynb", tmp_path / "executed.ipynb"
-    )
+    refresh(tmp_path / "notebook.ipynb", tmp_path / "executed.ipynb")
     refreshed = nbformat.read(tmp_path / "notebook.ipynb", as_version=4)
     assert problems(refreshed) == []
     assert [cell.id for cell in refreshed.cells] == [cell.id for cell in notebook.cells]

@@ -17,18 +17,21 @@ from chassis_utils.paper.notebook import PlanError
 from chassis_utils.paper.pipeline import compile_paper, plan
 
 REPORT = """
+import json
 import os
 from pathlib import Path
 
 def save_table(value, name):
     folder = Path(os.environ["CHASSIS_RESULTS"]) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    for end in (".csv", ".tex", ".md", ".json"):
+    for end in (".csv", ".tex", ".md"):
         (folder / f"{name}{end}").write_text(str(value))
+    (folder / f"{name}.json").write_text(json.dumps({"content": str(value)}))
 
 def read_table(name):
     return (Path(__file__).parent.parent / "paper" / "tables" / f"{name}.csv").read_text()
 """
+PAPER = ("__init__", "agreement", "notebook", "pipeline")  # what running notebooks takes
 MODULES = {"report": REPORT, "near": "from chassis_utils import far", "far": "VALUE = 1", "other": "VALUE = 1"}
 FIRST = ["from chassis_utils import near, report", 'report.save_table(near.far.VALUE, "first")']
 SECOND = [
@@ -43,7 +46,7 @@ def project(tmp_path: Path) -> Path:
     """Two notebooks on four modules: 00_first reaches near and far, 10_second other and the first one's table."""
     for name in ("task_notebooks.py", "pytask_hooks.py"):
         copy(ROOT / "notebooks" / name, tmp_path / "notebooks" / name)
-    for name in ("__init__.py", "paths.py", "pipeline.py"):
+    for name in ("__init__.py", "files.py", *(f"paper/{room}.py" for room in PAPER)):
         copy(ROOT / "chassis_utils" / name, tmp_path / "chassis_utils" / name)
     copy(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
     for name, source in MODULES.items():

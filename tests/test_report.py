@@ -17,13 +17,31 @@ from matplotlib.figure import Figure
 from chassis_utils.files import ROOT
 from chassis_utils.paper import report, style, tables
 
+PARAMETERS = {"base": "models/port-llama", "files": ["/somewhere/prompts.txt"], "rank": 4}
+
+
+def a_notebook(more: str = "") -> dict[str, object]:
+    """A notebook that declares `PARAMETERS`."""
+    lines = [f"{name}: {type(value).__name__} = {value!r}  # it" for name, value in PARAMETERS.items()]
+    cells = [{"source": ["\n".join(lines)], "metadata": {"tags": ["parameters"]}}, {"source": [more], "metadata": {}}]
+    return {"cells": [cell | {"cell_type": "code"} for cell in cells]}
+
 
 @pytest.fixture(autouse=True)
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with one notebook."""
+    root = tmp_path / "project"
+    (root / "notebooks").mkdir(parents=True)
+    (root / "notebooks" / "20_test.ipynb").write_text(json.dumps(a_notebook()))
+    monkeypatch.setattr(report, "ROOT", root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def results(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stamped run whose results go to a folder of its own."""
     monkeypatch.setenv("CHASSIS_RESULTS", str(tmp_path))
-    parameters: dict[str, object] = {"base": str(ROOT / "models" / "port-llama"), "files": ["/somewhere/prompts.txt"]}
-    report.stamp("20_test", profile="micro", parameters=parameters, models=[str(ROOT / "models" / "port-llama")])
+    report.stamp("20_test", PARAMETERS)
     return tmp_path
 
 
@@ -38,8 +56,9 @@ def drawing() -> Figure:
 def test_the_same_figure_gives_the_same_bytes_in_another_process(results: Path) -> None:
     report.save_figure(drawing(), "here", alt="A parabola.")
     script = (
-        "from test_report import drawing; from chassis_utils import report;"
-        "report.stamp('20_test', profile='micro', parameters={}); report.save_figure(drawing(), 'there', alt='')"
+        "from test_report import PARAMETERS, drawing; from chassis_utils.paper import report; from pathlib import Path;"
+        "report.ROOT = Path('project'); report.stamp('20_test', PARAMETERS);"
+        "report.save_figure(drawing(), 'there', alt='')"
     )
     path = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     later = {"PYTHONPATH": path, "SOURCE_DATE_EPOCH": "86400", "PYTHONHASHSEED": "7"}  # another clock, another order
@@ -101,35 +120,24 @@ def test_provenance_names_the_run_and_no_machine(results: Path) -> None:
     report.save_table(pd.DataFrame({"layer": [1]}), "small")
     text = (results / "tables" / "small.json").read_text(encoding="utf-8")
     source = json.loads(text)
-    assert source["parameters"] == {"base": "models/port-llama", "files": ["prompts.txt"]}
+    assert source["parameters"] == {"base": "models/port-llama", "files": ["prompts.txt"], "rank": 4}
     assert source["models"] == ["models/port-llama"]
     assert not [word for word in (str(ROOT), os.uname().nodename, "somewhere") if word in text]
 
 
-def test_parameters_decide_the_hash(results: Path) -> None:
-    def stored(**parameters: object) -> str:
-        report.stamp("20_test", profile="micro", parameters=parameters)
+def test_all_that_decides_a_result_decides_its_content(results: Path, project: Path) -> None:
+    def content(**parameters: object) -> str:
+        report.stamp("20_test", PARAMETERS | parameters)
         report.save_table(pd.DataFrame({"layer": [1]}), "small")
-        return str(json.loads((results / "tables" / "small.json").read_text())["parameters_hash"])
+        return str(json.loads((results / "tables" / "small.json").read_text())["content"])
 
-    assert stored(rank=4, seed=0) == stored(seed=0, rank=4) != stored(rank=5, seed=0)
-
-
-def test_commit_marks_changes_but_not_those_of_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def git(*arguments: str) -> None:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
-
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    git("init")
-    assert report._commit() == "unknown"
-    git("commit", "--allow-empty", "-m", "first")
-    clean = report._commit()
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "lens.png").touch()
-    assert report._commit() == clean
-    (tmp_path / "code.py").touch()
-    assert report._commit() == f"{clean}+changes"
+    first = content()
+    assert content(base="models/port-llama", files=PARAMETERS["files"]) == first != content(rank=5)
+    (project / "notebooks" / "20_test.ipynb").write_text(json.dumps(a_notebook("1 + 1")))
+    assert content() != first
+    (project / "notebooks" / "20_test.ipynb").write_text(json.dumps(a_notebook()))
+    (project / "constraints.txt").write_text("torch==1")
+    assert content() != first
 
 
 def test_an_interrupted_or_failed_write_leaves_the_former_table(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,18 +153,17 @@ def test_an_interrupted_or_failed_write_leaves_the_former_table(results: Path, m
     assert {path: path.read_bytes() for path in (results / "tables").iterdir()} == before
 
 
-def test_a_missing_table_names_the_notebook_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "notebooks").mkdir()
-    cell = {"cell_type": "code", "source": ['report.save_table(models, "models")']}
-    (tmp_path / "notebooks" / "00_models.ipynb").write_text(json.dumps({"cells": [cell]}))
-    monkeypatch.setattr(report, "ROOT", tmp_path)
+def test_a_missing_table_names_the_notebook_to_run(project: Path) -> None:
+    cell = {"cell_type": "code", "metadata": {}, "source": ['report.save_table(models, "models")']}
+    (project / "notebooks" / "00_models.ipynb").write_text(json.dumps({"cells": [cell]}))
     with pytest.raises(FileNotFoundError, match=r"paper/tables/models.csv is missing.*run notebook 00_models first"):
         report.read_table("models")
     with pytest.raises(FileNotFoundError, match="no notebook writes it"):
         report.read_table("modles")
 
 
-def test_a_missing_reported_table_lists_those_there_are() -> None:
+def test_a_missing_reported_table_lists_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "ROOT", ROOT)
     assert len(report.read_reported("lens_kl")) == 23
     with pytest.raises(FileNotFoundError, match=r"paper/reported/lenses.csv is missing among .*lens_kl"):
         report.read_reported("lenses")
@@ -176,12 +183,12 @@ def test_variants_keep_their_look_and_differ_without_colour() -> None:
 
 
 def test_the_stamp_is_the_same_on_every_machine(capsys: pytest.CaptureFixture[str]) -> None:
-    report.stamp("00_models", profile="micro", parameters={}, device="cuda")
+    report.stamp("20_test", PARAMETERS)
     line = capsys.readouterr().out
-    assert line.startswith("00_models · profile micro · torch 2.") and "+" not in line
+    assert line.startswith("20_test · profile micro · torch 2.") and "+" not in line
     assert line.count("\n") == 1
 
 
 def test_reading_results_needs_no_torch() -> None:
-    script = "import chassis_utils.report, sys; sys.exit('torch' in sys.modules)"
+    script = "import chassis_utils.paper.report, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)

@@ -9,6 +9,7 @@ from conftest import VOCABULARY, Build
 from transformers import PhiConfig, PreTrainedModel
 
 from chassis_utils.limits import psutil, shutil
+from chassis_utils.lm import forward, states
 from chassis_utils.lm.model import LanguageModel, load
 from chassis_utils.lm.states import collect
 
@@ -37,7 +38,7 @@ def test_a_padded_batch_gives_what_each_prompt_alone_gives(model: LanguageModel)
 def test_states_follow_their_prompts_in_any_order(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     order = [2, 0, 3, 1]
     first = collect(model, TEXTS)
-    monkeypatch.setattr(states, "BATCH_TOKENS", 12)  # other batches too
+    monkeypatch.setattr(forward, "BATCH_TOKENS", 12)  # other batches too
     shuffled = collect(model, [TEXTS[k] for k in order])
     torch.testing.assert_close(shuffled, first[:, order], rtol=1e-5, atol=1e-5)
 
@@ -58,7 +59,7 @@ def test_layer_zero_is_the_embedding_of_the_last_token(tiny_llama_model: Languag
 def test_a_chosen_position_is_where_a_shorter_prompt_would_end(model: LanguageModel) -> None:
     ids = model.encode(TEXTS)
     positions = [len(row) // 2 for row in ids]
-    found = collect(model, TEXTS, positions)
+    found = collect(model, TEXTS, [[end] for end in positions])
     for k, (row, end) in enumerate(zip(ids, positions, strict=True)):
         with torch.inference_mode():
             output = model.network(torch.tensor([row[: end + 1]]), output_hidden_states=True)
@@ -73,13 +74,13 @@ def test_equal_content_is_computed_once(tiny_gpt2: LanguageModel, monkeypatch: p
     def forbidden(*_: object) -> None:
         raise AssertionError("the network ran again")
 
-    monkeypatch.setattr(states, "_run", forbidden)
+    monkeypatch.setattr(states, "_read", forbidden)
     assert torch.equal(collect(again, TEXTS), first)
     for other in (TEXTS[::-1], TEXTS[:3], [*TEXTS, "more"]):
         with pytest.raises(AssertionError, match="the network ran again"):
             collect(tiny_gpt2, other)
     with pytest.raises(AssertionError, match="the network ran again"):
-        collect(tiny_gpt2, TEXTS, [0] * len(TEXTS))
+        collect(tiny_gpt2, TEXTS, [[0]] * len(TEXTS))
 
 
 def test_other_weights_have_their_own_states(tiny_gpt2: LanguageModel, tiny_phi: LanguageModel) -> None:
@@ -107,7 +108,7 @@ def test_a_prompt_longer_than_the_model_reads_is_refused(tiny_llama_model: Langu
 @pytest.mark.parametrize("position", [-1, 50])
 def test_a_position_outside_its_prompt_is_refused(position: int, tiny_llama_model: LanguageModel) -> None:
     with pytest.raises(ValueError, match=rf"position {position} lies outside the \d+ tokens of prompt 'Go'"):
-        collect(tiny_llama_model, ["Go"], [position])
+        collect(tiny_llama_model, ["Go"], [[position]])
 
 
 def test_a_prompt_without_tokens_is_refused(build: Build) -> None:
@@ -134,7 +135,7 @@ def test_too_little_room_says_how_much_is_needed_before_the_pass(
     error: type[Exception],
 ) -> None:
     monkeypatch.setattr(module, asked, lambda *_: answer)
-    monkeypatch.setattr(states, "_run", lambda *_: pytest.fail("the pass has begun"))
-    with pytest.raises(error, match=r"1 MiB of (disk|memory) for the states of \d+ prompts are needed, 0 MiB are free"):
+    monkeypatch.setattr(states, "_read", lambda *_: pytest.fail("the pass has begun"))
+    with pytest.raises(error, match=r"1 MiB of (disk|memory) for the states of \d+ tokens are needed, 0 MiB are free"):
         collect(tiny_llama_model, TEXTS)
     assert not list(cache.glob("*.safetensors"))

@@ -1,10 +1,9 @@
 """Adapters: low-rank edits beside the head of a frozen base, fitted in closed form.
 
-In state coordinates the head reads h + (h A) B^T + b; in vocabulary coordinates
-(h A) B^T + b is added to the head's product W h. Either may carry an intercept over the
-whole vocabulary. An adapter is fitted by reduced-rank regression of the edit under the
-vocabulary metric (`regression.reduced_rank`): one SVD gives every rank. Cost per token:
-2 r d multiplications in state coordinates, r (d + V) in vocabulary coordinates.
+In state coordinates the head reads h + (h A) B^T + b; in vocabulary coordinates (h A) B^T + b is added to the head's
+product W h. Either may carry an intercept over the whole vocabulary. An adapter is fitted by reduced-rank regression
+of the edit under the vocabulary metric (`regression.reduced_rank`): one SVD gives every rank. Cost per token: 2 r d
+multiplications in state coordinates, r (d + V) in vocabulary coordinates.
 """
 
 import json
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from chassis_utils.files import write_atomically
+from chassis_utils.linalg.regression import RankPath
 from chassis_utils.lm.model import Head
 from chassis_utils.metrics import standard_error
 
@@ -29,7 +29,10 @@ Space = Literal["state", "vocabulary"]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an adapter does on text that it was not fitted to, nats per predicted token."""
+    """What an adapter does on text that it was not fitted to, nats per predicted token.
+
+    The least of a few candidates' KL to the logits that were fitted, so a little on the hopeful side.
+    """
 
     kl: float  # KL(expert || adapted)
     kl_se: float
@@ -78,6 +81,14 @@ class Adapter:
         down, up = (torch.zeros(width, rank, dtype=torch.float64) for _ in range(2))
         return cls("state", down, up, torch.zeros(width, dtype=torch.float64), head.fingerprint)
 
+    @classmethod
+    def from_path(
+        cls, path: RankPath, rank: int, head: Head, intercept: Float64[Tensor, "vocab"] | None = None
+    ) -> "Adapter":
+        """One rank of a regression of edits of the state; `ValueError` beyond its ranks."""
+        factors = path.left[:, :rank], path.right[:, :rank]
+        return cls("state", *factors, path.at(rank).bias, head.fingerprint, intercept)
+
     @property
     def rank(self) -> int:
         """Number of columns of A and B."""
@@ -85,8 +96,9 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Numbers stored; a row of B whose factors and shift are zero (a token left alone) is not."""
-        used = int(((self.up != 0).any(1) | (self.shift != 0)).sum()) if self.space == "vocabulary" else len(self.up)
+        """Numbers stored; rows of B whose factors and shift are zero (a token or a state left alone) are not."""
+        rows = (self.up != 0).any(1) | (self.shift != 0)
+        used = int(rows.sum()) if self.space == "vocabulary" else len(rows) * bool(rows.any())
         return self.down.numel() + used * (self.rank + 1) + (0 if self.intercept is None else len(self.intercept))
 
     @property
@@ -140,8 +152,8 @@ class Adapter:
     def from_pretrained(cls, folder: str | Path, head: Head) -> "Adapter":
         """Read what `save_pretrained` wrote.
 
-        Raises `ValueError` where a file is missing, the format is unknown, or `head` is not
-        the one that the adapter was fitted to.
+        Raises `ValueError` where a file is missing, the format is unknown, or `head` is not the one that the adapter
+        was fitted to.
         """
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):

@@ -7,7 +7,8 @@ shares the base's head its states are regressed on directly. Penalty by K-fold v
 
 Which rank to use, and whether any, is not left to that squared error, which is only the second-order shadow of the
 KL: `fit_gated` measures KL(expert || adapted) on folds kept out of the fit and gives back the untouched base where
-nothing is clearly better. Cost: a few d^3 and n V d multiplications for each fold and rank tried, whatever the expert.
+nothing is clearly better. Cost: a few d^3 and n V d multiplications for each fold and rank tried, whatever the
+expert.
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ from chassis_utils.text.prompts import deal
 
 FOLDS = 5
 LENGTHS = (1.0, 0.5, 0.25)  # of an edit: shares of the fitted one that the gate tries
+ROUNDING = 1e-9  # nats: below it an adapter is the expert
 INDIFFERENCE = 0.1  # of a standard error: candidates closer than that are equal, and the smaller one is taken
 
 
@@ -57,9 +59,7 @@ class AdapterPath:
 
     def at(self, rank: int) -> Adapter:
         """The adapter of one rank; `ValueError` beyond those that the samples give."""
-        shift = self.path.at(rank).bias
-        factors = self.path.left[:, :rank], self.path.right[:, :rank]
-        return Adapter("state", *factors, shift, self.head.fingerprint, self.intercept)
+        return Adapter.from_path(self.path, rank, self.head, self.intercept)
 
     @cached_property
     def rank(self) -> int:
@@ -116,9 +116,9 @@ def fit_gated(
     """The adapter that kept-out folds agree to, fitted to all rows; its `held_out` says what they found.
 
     Each fold is judged by fits to the others, on its real KL: ranks 0, 1, 2, 4, ... unless `rank` is given, then
-    `LENGTHS` of the rank that does best. Of ranks within a tenth of a standard error the smallest is taken. Where
-    the KL of none is below the untouched base's by more than a standard error (rows of one of `groups`, or of a
-    fold, counting as one), the adapter edits nothing.
+    `LENGTHS` of the rank that does best. Of ranks within a tenth of a standard error the smallest is taken. Where the
+    KL of none is below the untouched base's by more than a standard error (rows of one of `groups`, or of a fold,
+    counting as one), the adapter edits nothing.
     """
     whole = fit_logits(h, logits, head, folds)
     most = len(whole.path.singular_values)
@@ -190,9 +190,9 @@ def state_edits(
 ) -> tuple[Float64[Tensor, "n d"], Float64[Tensor, "vocab"]]:
     """The edits of the state that come closest to given changes of the head's product, and the intercept left.
 
-    Least squares in the metric of `mean_probabilities` p: y solves (W^T Omega W) y = W^T Omega delta with
-    Omega = diag p - p p^T, the projection under which regression on y is regression on delta.
-    The intercept, over the whole vocabulary, is what the mean edit leaves of the mean change.
+    Least squares in the metric of `mean_probabilities` p: y solves (W^T Omega W) y = W^T Omega delta with Omega =
+    diag p - p p^T, the projection under which regression on y is regression on delta. The intercept, over the whole
+    vocabulary, is what the mean edit leaves of the mean change.
     """
     w, p = head.weight.double(), mean_probabilities.double()
     centred = (w - p @ w) * p[:, None]
@@ -209,9 +209,8 @@ def _without(fold: int, labels: Tensor, h: Tensor, logits: Tensor, head: Head, p
 def _smallest_of_the_best(kl: dict[int, Float64[Tensor, "n"]], groups: Sequence[str]) -> int:
     least = min(kl.values(), key=lambda values: float(values.mean()))
     error = standard_error(least, groups)
-    return min(
-        rank for rank, values in kl.items() if float(values.mean()) <= float(least.mean()) + INDIFFERENCE * error
-    )
+    limit = max(float(least.mean()) + INDIFFERENCE * error, ROUNDING)
+    return min(rank for rank, values in kl.items() if float(values.mean()) <= limit)
 
 
 def _spread(places: list[list[int]], most: int) -> list[list[int]]:

@@ -1,11 +1,10 @@
 """Gradient refinement of an adapter: Adam on its factors, or Gauss-Newton steps in closed form.
 
-Adam moves every entry of a factor by about its rate in each step, whatever the gradient's
-size, so the rate must be small beside the factor's own entries: `relative` rates are in units
-of the root mean square of U, of V and, for the shift, of the edit. A Gauss-Newton step replaces the mean KL by its
-quadratic model at the current adapter q, whose curvature K = E[W^T (diag q - q q^T) W] and
-targets h_e = edit + s K^-1 W^T (p - q) make it one more reduced-rank regression; the step
-length s is searched on the training KL. Prompts kept out of the steps have the last word: what
+Adam moves every entry of a factor by about its rate in each step, whatever the gradient's size, so the rate must be
+small beside the factor's own entries: `relative` rates are in units of the root mean square of U, of V and, for the
+shift, of the edit. A Gauss-Newton step replaces the mean KL by its quadratic model at the current adapter q, whose
+curvature K = E[W^T (diag q - q q^T) W] and targets h_e = edit + s K^-1 W^T (p - q) make it one more reduced-rank
+regression; the step length s is searched on the training KL. Prompts kept out of the steps have the last word: what
 does not lower their KL by more than a standard error is not kept.
 """
 
@@ -59,7 +58,7 @@ class Refined:
     def of(cls, adapters: list[Adapter], train: list[float], head: Head, held_out: Examples, last: bool) -> "Refined":
         """Keep the `last`, or the one of least KL on `held_out` among those clearly below the start there.
 
-        The base that is edited by nothing is kept where even that one is not clearly better.
+        The untouched base is kept where it is closer to the expert than even that one.
         """
         kl = [held_out.kl(adapter, head) for adapter in adapters]
         means = [float(values.mean()) for values in kl]
@@ -67,8 +66,8 @@ class Refined:
             return cls(adapters[-1], train, means)
         better = [k for k, values in enumerate(kl) if clearly_lower(values, kl[0], held_out.groups)]
         kept = min(better, key=lambda k: means[k], default=0)
-        untouched = Adapter.untouched(head)
-        helps = clearly_lower(kl[kept], held_out.kl(untouched, head), held_out.groups)
+        untouched = Adapter.untouched(head, adapters[kept].rank)
+        helps = means[kept] < float(held_out.kl(untouched, head).mean())
         return cls(adapters[kept] if helps else untouched, train, means)
 
 
@@ -87,8 +86,8 @@ def by_adam(
 ) -> Refined:
     """Adam on U, log S, V and the shift of `start`; float32, batches in a random order of `seed`.
 
-    Tokens that an adapter in vocabulary coordinates leaves alone stay so. `stopped` keeps the pass
-    that `Refined.of` finds best on `held_out`; otherwise the last is kept, as the CHASSIS study did.
+    Tokens that an adapter in vocabulary coordinates leaves alone stay so. `stopped` keeps the pass that `Refined.of`
+    finds best on `held_out`; otherwise the last is kept, as the CHASSIS study did.
     """
     factors = [factor.float().clone().requires_grad_() for factor in _factors(start)]
     used = (start.up != 0).any(1) | (start.shift != 0) | (start.space == "state")
@@ -119,8 +118,8 @@ def by_gauss_newton(
 ) -> Refined:
     """Reduced-rank regressions on the linearised softmax; `penalty` as in the fit of `start`.
 
-    Ends after `steps`, or where no length lowers the training KL; what is kept `held_out` decides
-    (`Refined.of`). For adapters in state coordinates, else `ValueError`.
+    Ends after `steps`, or where no length lowers the training KL; what is kept `held_out` decides (`Refined.of`). For
+    adapters in state coordinates, else `ValueError`.
     """
     if start.space != "state":
         raise ValueError("Gauss-Newton steps edit the state: give an adapter in state coordinates")

@@ -70,10 +70,7 @@ class MethodA:
 
 
 def method_a(
-    h: Shaped[Tensor, "n d"],
-    logits: Shaped[Tensor, "n vocab"],
-    head: Head,
-    columns: Int[Tensor, "k"] | None = None,
+    h: Shaped[Tensor, "n d"], logits: Shaped[Tensor, "n vocab"], head: Head, columns: Int[Tensor, "k"] | None = None
 ) -> MethodA:
     """Lens by ridge; the columns of largest norm; ridge from h to lens minus head there; plain SVD.
 

@@ -1,9 +1,9 @@
-"""The vocabulary bridges of the second study exactly as they were measured, and what they match.
+"""The vocabulary bridges of the CHASSIS study exactly as they were measured, and what they match.
 
-Stages A and B compare decoded strings; `coverage` counts what that finds, and finds wrongly,
-against exact bytes. The target of both is log(p + 1e-8) with p[v] the sum over the expert's
-256 likeliest tokens e of p[e] times the share of e that goes to v. Nothing else in the
-package depends on this module. Cost: two dictionaries; at most ten look-ups a string.
+Stages A and B compare decoded strings; `coverage` counts what that finds, and finds wrongly, against exact bytes. The
+target of both is log(p + 1e-8) with p[v] the sum over the expert's 256 likeliest tokens e of p[e] times the share of
+e that goes to v. Nothing else in the package depends on this module. Cost: two dictionaries; at most ten look-ups a
+string.
 """
 
 from collections import Counter, defaultdict
@@ -36,9 +36,9 @@ class StringBridge:
     def target(self, p: Float[Tensor, "n v_e"]) -> Float[Tensor, "n v"]:
         """Target logits log(p + 1e-8) of the base [n, v] from the expert's probabilities [n, v_e].
 
-        Flaw: what matches no base token is dropped and not made up for, so a row is no
-        distribution, and every token that nothing maps to gets log 1e-8 = -18.4, a target that has
-        nothing to do with the base's own logits there. Use `Bridge.one_step` or `Bridge.look_ahead`.
+        Flaw: what matches no base token is dropped and not made up for, so a row is no distribution, and every token
+        that nothing maps to gets log 1e-8 = -18.4, a target that has nothing to do with the base's own logits there.
+        Use `Bridge.one_step` or `look_ahead`.
         """
         top = p.topk(min(TOP, p.shape[1]), dim=1)
         kept = torch.zeros_like(p).scatter_(1, top.indices, top.values)
@@ -50,8 +50,8 @@ class StringBridge:
 def decoded(tokenizer: Tokenizer) -> list[str]:
     """`decode([id])` of every token, special tokens spelt out.
 
-    Flaw: a byte-fallback tokenizer drops the leading space of what it decodes, and every incomplete
-    character becomes the same replacement sign. Use `ByteTable.of`.
+    Flaw: a byte-fallback tokenizer drops the leading space of what it decodes, and every incomplete character becomes
+    the same replacement sign. Use `ByteTable.of`.
     """
     return tokenizer.decode_batch([[token] for token in range(tokenizer.get_vocab_size())], skip_special_tokens=False)
 
@@ -59,8 +59,8 @@ def decoded(tokenizer: Tokenizer) -> list[str]:
 def stage_a(base: Sequence[str], expert: Sequence[str]) -> StringBridge:
     """Each expert token, in equal parts, to the base tokens with the same decoded string.
 
-    Flaw: see `decoded`: no string with a leading space matches, and of those that match many
-    have other bytes. Use `Bridge.of`.
+    Flaw: see `decoded`: no string with a leading space matches, and of those that match many have other bytes. Use
+    `Bridge.of`.
     """
     ids = _ids(base)
     return _string_bridge([Counter(ids.get(text, [])) for text in expert], len(base))
@@ -69,9 +69,9 @@ def stage_a(base: Sequence[str], expert: Sequence[str]) -> StringBridge:
 def stage_b(base: Sequence[str], expert: Sequence[str]) -> StringBridge:
     """Each expert token to the first of one or two base tokens whose decoded strings make its own.
 
-    Every base token of equal string and every such pair of the first 4096 ids (for strings of at most
-    10 characters) counts the same. Flaws: those of `stage_a`; and a base reads a string in one
-    way, not in every way it can be split: "the" goes in equal parts to "the", "t" and "th". Use `Bridge.of`.
+    Every base token of equal string and every such pair of the first 4096 ids (for strings of at most 10 characters)
+    counts the same. Flaws: those of `stage_a`; and a base reads a string in one way, not in every way it can be
+    split: "the" goes in equal parts to "the", "t" and "th". Use `Bridge.of`.
     """
     ids, paired = _ids(base), _ids(base[:PAIRED])
     ways: list[Counter[int]] = []
@@ -87,8 +87,8 @@ def stage_b(base: Sequence[str], expert: Sequence[str]) -> StringBridge:
 def coverage(bridge: Bridge, base: Tokenizer, expert: Tokenizer) -> pd.DataFrame:
     """How many expert tokens each way of matching reaches, and how many wrongly: to other bytes than their own.
 
-    Rows by `way` and `kind` of expert token: all; space-initial (a space and more); added (outside the merges,
-    mostly runs of white space). A string match is wrong where no base token of that string has the bytes.
+    Rows by `way` and `kind` of expert token: all; space-initial (a space and more); added (outside the merges, mostly
+    runs of white space). A string match is wrong where no base token of that string has the bytes.
     """
     own, pieces = bridge.base.table, bridge.expert.pieces
     ids, strings = _ids(decoded(base)), decoded(expert)

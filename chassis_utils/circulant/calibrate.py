@@ -9,27 +9,20 @@ Cost: a forward and a backward pass of the network for each batch; the teacher's
 numbers (tokens * vocabulary where every token counts); six times the trained parameters.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from chassis_utils.circulant.compare import Teacher
 from chassis_utils.circulant.patch import patch
-from chassis_utils.files import write_atomically
 from chassis_utils.lm.model import LanguageModel
 
-FORMAT = 1  # of the state files
 Row = dict[str, int | float]
 
 
@@ -63,7 +56,6 @@ def calibrate(
     train: Sequence[str],
     held_out: Sequence[str],
     settings: Settings | None = None,
-    state: Path | None = None,
 ) -> pd.DataFrame:
     """Train `replacements` in place, and return step, train_kl and held_out_kl (nats per position) at each check.
 
@@ -75,26 +67,21 @@ def calibrate(
     >>> list(history["step"])
     [0, 1, 2]
 
-    Batches go round through `train` in its order, so a run is decided by its arguments. With a file
-    `state` (safetensors) it is stored at each check, and taken up again from there by a call with the
-    same arguments; a file of a finished run gives its result at once. The model is unpatched before and
-    after; an interruption or an error gives the replacements back as they were.
+    Batches go round through `train` in its order, so a run is decided by its arguments. The model is unpatched before
+    and after; an interruption or an error gives the replacements back as they were.
 
     Raises `ValueError` for replacements without parameters, prompts that cannot be read or that are both
-    trained on and held out, a loss that is not finite, and a state file of another run; `MemoryError` where
-    the teacher's logits do not fit.
+    trained on and held out, and a loss that is not finite; `MemoryError` where the teacher's logits do not fit.
     """
     settings = settings or Settings()
     both = set(train) & set(held_out)
     if both:
         raise ValueError(f"prompt {min(both)[:60]!r} is both trained on and held out: remove it from one list")
-    run = _Run(replacements, settings, state, f"{model.fingerprint} {list(train)} {list(held_out)}")
+    run = _Run(replacements, settings)
     learned, measured = (Teacher(model, prompts, settings.every_token) for prompts in (train, held_out))
     bar = tqdm(total=settings.steps, desc="calibration", disable=None, leave=False)
     with patch(model.network, replacements), run, bar:
-        if not run.history:
-            run.check(measured.mean())
-        bar.update(run.step)
+        run.check(measured.mean())
         while not run.finished:
             batch = [k % len(train) for k in range(run.step * settings.batch, (run.step + 1) * settings.batch)]
             run.descend(learned.loss(batch))
@@ -105,15 +92,13 @@ def calibrate(
 
 
 class _Run:
-    """Trained parameters, their optimiser, the best state so far, and the file that holds all of it.
+    """Trained parameters, their optimiser, and the best state so far.
 
     At the end of its `with` block the state to keep is in place, after an error the one of the start.
     """
 
-    def __init__(
-        self, replacements: Mapping[str, nn.Module], settings: Settings, file: Path | None, inputs: str
-    ) -> None:
-        self.settings, self.file = settings, file
+    def __init__(self, replacements: Mapping[str, nn.Module], settings: Settings) -> None:
+        self.settings = settings
         self.parameters: dict[str, nn.Parameter] = {}
         groups = []
         for path, module in replacements.items():
@@ -123,12 +108,9 @@ class _Run:
         if not groups:
             raise ValueError("these replacements have no parameters, so there is nothing to calibrate: leave them")
         self.optimiser = torch.optim.AdamW(groups)
-        self.key = _key(f"{FORMAT} {settings} {inputs}", self.parameters)
         self.step, self.losses = 0, list[float]()
         self.history: list[Row] = []
         self._start = self._best = self._copy()
-        if file is not None and file.exists():
-            self._load(file)
 
     @property
     def best(self) -> Row:
@@ -151,14 +133,12 @@ class _Run:
         self.step += 1
 
     def check(self, held_out_kl: float) -> None:
-        """Note where the run stands, and store it."""
+        """Note where the run stands."""
         train_kl = math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
         self.history.append({"step": self.step, "train_kl": train_kl, "held_out_kl": _finite(held_out_kl, self.step)})
         self.losses.clear()
         if self.best is self.history[-1]:
             self._best = self._copy()
-        if self.file is not None:
-            self._save(self.file)
 
     def __enter__(self) -> None:
         pass
@@ -178,32 +158,6 @@ class _Run:
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
-    def _save(self, file: Path) -> None:
-        tensors = {f"now:{name}": value for name, value in self._copy().items()}
-        tensors |= {f"best:{name}": value for name, value in self._best.items()}
-        for name, parameter in self.parameters.items():
-            tensors |= {f"{kind}:{name}": value for kind, value in self.optimiser.state[parameter].items()}
-        write_atomically(file, save(tensors, {"key": self.key, "history": json.dumps(self.history)}))
-
-    def _load(self, file: Path) -> None:
-        try:
-            with safe_open(file, "pt") as stored:
-                notes = stored.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{str(file)!r} is no state of a calibration: remove it or name another file") from error
-        if notes.get("key") != self.key:
-            raise ValueError(f"{str(file)!r} is the state of another calibration: remove it or name another file")
-        self.history = json.loads(notes["history"])
-        self.step = int(self.history[-1]["step"])
-        tensors = load_file(file)
-        self._put({name: tensors[f"now:{name}"] for name in self.parameters})
-        self._best = {name: tensors[f"best:{name}"] for name in self.parameters}
-        for name, parameter in self.parameters.items():
-            kinds = [key.partition(":")[0] for key in tensors if key.partition(":")[2] == name]
-            moments = {kind: tensors[f"{kind}:{name}"] for kind in kinds if kind not in ("now", "best")}
-            device = {kind: "cpu" if kind == "step" else parameter.device for kind in moments}  # as AdamW has them
-            self.optimiser.state[parameter] = {kind: value.to(device[kind]) for kind, value in moments.items()}
-
 
 def _rates(own: Mapping[str, nn.Parameter], settings: Settings) -> dict[str, float]:
     """The step of each parameter of one layer; one that starts at zero is as large as the layer's largest."""
@@ -211,13 +165,6 @@ def _rates(own: Mapping[str, nn.Parameter], settings: Settings) -> dict[str, flo
         return dict.fromkeys(own, settings.rate)
     sizes = {name: float(value.detach().double().square().mean().sqrt()) for name, value in own.items()}
     return {name: settings.rate * (size or max(sizes.values())) for name, size in sizes.items()}
-
-
-def _key(recipe: str, parameters: Mapping[str, nn.Parameter]) -> str:
-    """16 hex digits of what decides a run: settings, model, prompts, and the parameters at its start."""
-    digest = hashlib.sha256(recipe.encode())
-    digest.update(save({name: value.detach().contiguous() for name, value in parameters.items()}))
-    return digest.hexdigest()[:16]
 
 
 def _finite(kl: float, step: int) -> float:

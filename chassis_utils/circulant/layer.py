@@ -110,12 +110,6 @@ class BlockCirculantLinear(nn.Module):
         layer.load_state_dict({"c": c} if bias is None else {"c": c, "bias": bias})
         return layer
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What to call the class with to get a layer of these shapes."""
-        sizes = {"in_features": self.in_features, "out_features": self.out_features, "block_size": self.block_size}
-        return sizes | {"bias": self.bias is not None}
-
     def forward(self, x: Float[Tensor, "*batch {self.in_features}"]) -> Float[Tensor, "*batch {self.out_features}"]:
         """C x + bias; `ValueError` for another dtype than that of the parameters, as `nn.Linear` refuses it."""
         if x.dtype != self.c.dtype:
@@ -134,7 +128,8 @@ class BlockCirculantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, for `repr`."""
-        return ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size}"
+        return f"{sizes}, bias={self.bias is not None}"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None}  # a copy counts its versions anew

@@ -4,8 +4,6 @@ Plain SVD of the weight, and reduced-rank regression of the outputs on the input
 decomposition; rank (in + out) multiplications a token.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -34,12 +32,6 @@ class LowRankLinear(nn.Module):
         self.down = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=dtype))
         self.up = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What to call the class with to get a layer of these shapes."""
-        sizes = {"in_features": self.in_features, "out_features": self.out_features, "rank": self.rank}
-        return sizes | {"bias": self.bias is not None}
 
     def forward(self, x: Float[Tensor, "*batch d_x"]) -> Float[Tensor, "*batch d_y"]:
         """Two products: `rank` (in + out) multiplications a token."""

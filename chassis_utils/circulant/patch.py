@@ -2,29 +2,20 @@
 
 A layer is named by its path in the network (`model.layers.0.mlp.up_proj`). Patching sets
 attributes: taking a patch off puts the very same modules back, so the outputs are those of before to the
-bit. What a patch holds is stored as config.json and model.safetensors with the fingerprint of the
-model that it was made for. Cost: none but that of the layers.
+bit. Cost: none but that of the layers.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from chassis_utils.circulant.layer import BlockCirculantLinear
 from chassis_utils.circulant.low_rank import LowRankLinear
-from chassis_utils.files import write_atomically
-from chassis_utils.lm.model import LanguageModel
 
-FORMAT = 1  # of what `save_pretrained` writes
-KINDS: dict[str, type[nn.Module]] = {kind.__name__: kind for kind in (BlockCirculantLinear, LowRankLinear)}
-LINEAR = (nn.Linear, Conv1D, *KINDS.values())
+LINEAR = (nn.Linear, Conv1D, BlockCirculantLinear, LowRankLinear)
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
@@ -115,45 +106,6 @@ def patch(network: PreTrainedModel, replacements: Mapping[str, nn.Module]) -> Pa
     return Patch(network, replacements)
 
 
-def save_pretrained(replacements: Mapping[str, nn.Module], folder: Path, base: LanguageModel) -> None:
-    """Write replacements made for `base` to config.json and model.safetensors in `folder`."""
-    kinds = {path: {"kind": type(module).__name__} | _arguments(module) for path, module in replacements.items()}
-    config = {"format": FORMAT, "base": base.name, "fingerprint": base.fingerprint, "modules": kinds}
-    states = {path: module.state_dict() for path, module in replacements.items()}
-    tensors = {f"{path}.{name}": value for path, state in states.items() for name, value in state.items()}
-    write_atomically(folder / "model.safetensors", save(tensors))
-    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-
-
-def from_pretrained(folder: Path, base: LanguageModel) -> dict[str, nn.Module]:
-    """Read what `save_pretrained` wrote, for `patch`; on the device of `base`.
-
-    Raises `ValueError` where `base` is not the model that it was written for.
-    """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config["format"] != FORMAT:
-        raise ValueError(f"{folder} has format {config['format']}, this version reads {FORMAT}: save it again")
-    if config["fingerprint"] != base.fingerprint:
-        raise ValueError(
-            f"{folder} was made for {config['base']} ({config['fingerprint']}), not for {base.name} "
-            f"({base.fingerprint}): load that model, or fit this one anew"
-        )
-    tensors = load_file(folder / "model.safetensors", device=str(base.device))
-    found = {}
-    for path, arguments in config["modules"].items():
-        module = KINDS[arguments.pop("kind")](**arguments, device=torch.device("meta"))
-        state = {name: tensors[f"{path}.{name}"] for name in module.state_dict()}
-        module.load_state_dict(state, assign=True)  # in the dtype that was saved
-        found[path] = module
-    return found
-
-
 def _sizes(module: nn.Module) -> tuple[int, int]:
     linear: Any = module if hasattr(module, "in_features") else as_linear(module)
     return linear.in_features, linear.out_features
-
-
-def _arguments(module: nn.Module) -> dict[str, Any]:
-    if not isinstance(module, (BlockCirculantLinear, LowRankLinear)):
-        raise ValueError(f"a {type(module).__name__} cannot be stored: only {' and '.join(KINDS)} can")
-    return module.arguments

@@ -76,10 +76,7 @@ def replacements(
 
 
 def collect(
-    walks: Sequence[Walk],
-    path: str,
-    before: Mapping[str, nn.Module],
-    moments_of: Callable[[Tensor, Tensor], Sums],
+    walks: Sequence[Walk], path: str, before: Mapping[str, nn.Module], moments_of: Callable[[Tensor, Tensor], Sums]
 ) -> list[Sums]:
     """The moments of `Walk.activations`, streamed; one for each walk."""
     return [reduce(add, (moments_of(x, y) for x, y in walk.activations(path, before))) for walk in walks]

@@ -93,10 +93,10 @@ def merge(parts: Iterable[Moments]) -> Moments:
 def by_fold(
     x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"], folds: Sequence[int], batch: int = 4096
 ) -> list[Moments]:
-    """One `Moments` per fold, streamed in batches; `folds` names each row's fold, 0 upwards."""
+    """One `Moments` per fold, in the order of their numbers, streamed in batches; `folds` gives each row's fold."""
     labels = torch.as_tensor(folds, device=x.device)
     found = []
-    for fold in range(int(labels.max()) + 1):
+    for fold in labels.unique().tolist():
         rows = (labels == fold).nonzero().flatten()
         found.append(merge(Moments.of(x[part], y[part]) for part in rows.split(batch)))
     return found

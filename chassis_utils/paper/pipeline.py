@@ -5,8 +5,8 @@ notebooks and the checkpoints that it reads. A profile (`notebooks/profiles/*.ya
 Whatever is wrong is one sentence, said before anything runs.
 
 A step runs in a folder of its own; its results are moved into place when all of the notebook has succeeded, and only
-those that say something else than the stored ones do: regenerating what has not changed leaves no difference.
-Cost of a plan: milliseconds per notebook. Nothing heavy is imported before a step is executed.
+those that say something else than the stored ones do: regenerating what has not changed leaves no difference. Cost of
+a plan: milliseconds per notebook. Nothing heavy is imported before a step is executed.
 """
 
 import json
@@ -42,18 +42,18 @@ class Step:
     parameters: dict[str, Any]  # those that the profile sets
     reads: list[Path]  # modules, checkpoints, tables
     writes: list[Path]  # tables and figures, the executed notebook last
-    staging: Path  # where they are written until the whole notebook has succeeded
+    staging: Path  # where they are written; what says something new is copied into place once all has succeeded
 
     def staged(self, product: Path) -> Path:
-        """Where `product` waits to be moved into place."""
+        """Where the notebook itself writes `product`."""
         return self.staging / product.parent.name / product.name
 
 
 def plan(root: Path, profile: str) -> list[Step]:
     """The steps of a run, in the order of the notebooks' names.
 
-    Raises `PlanError` for an unknown profile, an unknown or mistyped parameter, a file that two
-    notebooks write, and a table that nobody writes.
+    Raises `PlanError` for an unknown profile, an unknown or mistyped parameter, a file that two notebooks write, and
+    a table that nobody writes.
     """
     notebooks = [Notebook.read(path) for path in numbered_notebooks(root)]
     values = read_profile(root / "notebooks" / "profiles", profile)
@@ -102,10 +102,9 @@ def read_profile(folder: Path, profile: str) -> dict[str, Any]:
 
 
 def run_notebook(step: Step) -> None:
-    """Execute the notebook in its staging folder, then move what says something new into place.
+    """Execute the notebook in its staging folder, then copy what says something new into place.
 
-    Raises `StepFailed` and leaves the earlier results as they were when a cell fails or a
-    declared result is missing.
+    Raises `StepFailed` and leaves the earlier results as they were when a cell fails or a declared result is missing.
     """
     shutil.rmtree(step.staging, ignore_errors=True)
     executed = step.staged(step.writes[-1])
@@ -116,9 +115,7 @@ def run_notebook(step: Step) -> None:
     if missing:
         raise StepFailed(f"the notebook ended without writing {', '.join(missing)}")
     for product in [*_new_results(step), step.writes[-1]]:
-        product.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(step.staged(product), product)
-    shutil.rmtree(step.staging)
+        write_atomically(product, step.staged(product).read_bytes())  # what was staged stays, for `paper.check`
 
 
 def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:

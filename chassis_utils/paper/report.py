@@ -3,10 +3,11 @@
 A notebook calls `stamp` once, then `save_table` and `save_figure`. A table becomes CSV (full precision), LaTeX and
 Markdown (rounded, units in the header); a figure becomes PDF and PNG. Both get a JSON file: the notebook, the hash of
 the content that made them (code, parameters, inputs), models and versions, and what the paper needs besides (headers,
-and a text for those who cannot see). Equal results give equal bytes: nothing holds a date, a host or an absolute path.
+and a text for those who cannot see). Equal results give equal bytes: nothing holds a date, a host or an absolute
+path.
 
-Results go to the folder in `CHASSIS_RESULTS`; of a run by hand to `build/interactive/`, or, with other parameters than
-the notebook's own, to a folder of their own below `build/`, and never over the committed ones.
+Results go to the folder in `CHASSIS_RESULTS`; of a run by hand to `build/interactive/`, or, with other parameters
+than the notebook's own, to a folder of their own below `build/`, and never over the committed ones.
 """
 
 import hashlib
@@ -26,7 +27,6 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from chassis_utils.files import BUILD, ROOT, write_atomically
-from chassis_utils.lm.model import default_device
 from chassis_utils.paper.notebook import Notebook, PlanError
 from chassis_utils.paper.style import theme
 from chassis_utils.paper.tables import EVALUATION_COLUMNS, latex, markdown, readable
@@ -45,10 +45,12 @@ def stamp(name: str, namespace: Mapping[str, Any]) -> None:
     `namespace` is the notebook's `globals()` right after its parameters and imports. Raises `PlanError` for a
     parameter that the notebook does not declare, or of another type.
     """
+    from chassis_utils.lm.model import default_device  # torch takes seconds: tables can be read without
+
     theme()
     shell = get_ipython()
     if shell is not None:  # an error is its sentence; `%xmode Context` shows where it was raised
-        shell.run_line_magic("xmode", "Minimal")
+        shell.InteractiveTB.set_mode("Minimal")
     notebook = Notebook.read(ROOT / "notebooks" / f"{name}.ipynb")
     settings = _settings(notebook, namespace)
     profile = _label(notebook, settings)
@@ -70,8 +72,8 @@ def stamp(name: str, namespace: Mapping[str, Any]) -> None:
 def save_table(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     """Write `tables/<name>` as CSV, LaTeX, Markdown and provenance; return the rounded table to show.
 
-    The stamped profile becomes the first column. A table with a `kl` column is an evaluation
-    and must have all of `EVALUATION_COLUMNS`: a KL means nothing without its scale.
+    The stamped profile becomes the first column. A table with a `kl` column is an evaluation and must have all of
+    `EVALUATION_COLUMNS`: a KL means nothing without its scale.
     """
     source = _stamped()
     results = frame.drop(columns="profile", errors="ignore")

@@ -16,6 +16,7 @@ from transformers import Gemma2Config, PhiConfig, PreTrainedModel
 from chassis_utils.limits import psutil
 from chassis_utils.linalg.moments import Moments
 from chassis_utils.linalg.regression import reduced_rank
+from chassis_utils.lm import forward, states
 from chassis_utils.lm.last_token import DAMPING, PROBE, Prefixes, pull_back, response
 from chassis_utils.lm.model import LanguageModel, load
 from chassis_utils.lm.states import collect
@@ -77,7 +78,7 @@ def test_prompts_keep_their_order_over_several_batches(model: LanguageModel, mon
     expected = collect(model, TEXTS)
     edits = torch.randn(len(TEXTS), model.width, generator=torch.Generator().manual_seed(0))
     moved = Prefixes.of(model, TEXTS).finish({1: edits})
-    monkeypatch.setattr(states, "BATCH_TOKENS", 12)
+    monkeypatch.setattr(forward, "BATCH_TOKENS", 12)
     prefixes = Prefixes.of(model, TEXTS)
     assert len(prefixes.read) > 1
     torch.testing.assert_close(prefixes.finish(), expected, rtol=1e-5, atol=1e-5)

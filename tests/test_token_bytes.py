@@ -180,12 +180,12 @@ def test_segments_do_not_cross_a_safe_cut(name: str, first: bytes, second: bytes
 
 @pytest.mark.parametrize("name", BASES)
 @given(text=fragments, more=fragments)
-def test_the_last_stretch_is_all_that_a_continuation_can_change(name: str, text: str, more: str) -> None:
+def test_the_unsettled_end_is_all_that_a_continuation_can_change(name: str, text: str, more: str) -> None:
     of = segmenter(name)
     prefix = of.table.prefix
-    stretch = of.last_stretch(text)
-    settled = (prefix + text.encode()).removesuffix(stretch)
-    parts = of.segment([prefix + (text + more).encode(), settled, stretch + more.encode()])
+    end = of.unsettled_end(text)
+    settled = (prefix + text.encode()).removesuffix(end)
+    parts = of.segment([prefix + (text + more).encode(), settled, end + more.encode()])
     assert parts[0] == parts[1] + parts[2]
 
 
@@ -194,8 +194,8 @@ def test_ordinary_text_has_safe_cuts(name: str) -> None:
     of = segmenter(name)
     assert of.has_safe_cut("the cat") and not of.has_safe_cut(" the")
     assert not of.has_safe_cut("the cat", start=3)
-    assert of.last_stretch("I saw the cat") == b" cat"
-    assert of.last_stretch("cat") == of.table.prefix + b"cat"
+    assert of.unsettled_end("I saw the cat") == b" cat"
+    assert of.unsettled_end("cat") == of.table.prefix + b"cat"
 
 
 def test_characters_wait_for_their_last_byte() -> None:

@@ -1,17 +1,14 @@
 """A patch comes off without a trace, whatever the architecture, and is read back for its own model alone."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import VOCABULARY, Build, tiny_llama
+from conftest import VOCABULARY, Build
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, OPTConfig
 
 from chassis_utils.circulant.layer import BlockCirculantLinear
-from chassis_utils.circulant.low_rank import LowRankLinear, low_rank
-from chassis_utils.circulant.patch import as_linear, from_pretrained, mlp_projections, patch, save_pretrained
+from chassis_utils.circulant.low_rank import LowRankLinear
+from chassis_utils.circulant.patch import as_linear, mlp_projections, patch
 from chassis_utils.lm.model import LanguageModel, load
 
 NAMES = {
@@ -160,45 +157,3 @@ def test_layers_that_are_not_there_are_refused(tiny_llama_model: LanguageModel, 
                                    num_attention_heads=2, word_embed_proj_dim=16))))  # fmt: skip
     with pytest.raises(ValueError, match=r"no linear layer below 'model.decoder.layers.1.mlp' of a OPTForCausalLM"):
         mlp_projections(opt.network, 1)
-
-
-def mixed(model: LanguageModel) -> dict[str, nn.Module]:
-    """Circulant and low-rank layers, one in bfloat16, with and without bias."""
-    first, *others = averaged(model).items()
-    rest = {path: low_rank(as_linear(model.network.get_submodule(path)), 3) for path, _ in others}
-    return {first[0]: first[1].to(torch.bfloat16)} | rest
-
-
-def test_what_was_stored_is_read_back_to_the_bit(model: LanguageModel, tmp_path: Path) -> None:
-    stored = mixed(model)
-    save_pretrained(stored, tmp_path, model)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-    state = torch.get_rng_state()
-    read = from_pretrained(tmp_path, model)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert list(read) == list(stored)
-    for one, other in zip(read.values(), stored.values(), strict=True):
-        assert type(one) is type(other) and one.arguments == other.arguments
-        for name, value in one.state_dict().items():
-            assert value.dtype == other.state_dict()[name].dtype
-            assert torch.equal(value, other.state_dict()[name])
-    before = logits(model)
-    with patch(model.network, {path: module.float() for path, module in read.items()}):
-        assert not torch.allclose(logits(model), before, rtol=1e-3)
-
-
-def test_a_patch_for_another_model_is_refused(tiny_llama_model: LanguageModel, build: Build, tmp_path: Path) -> None:
-    save_pretrained(averaged(tiny_llama_model), tmp_path, tiny_llama_model)
-    same_shape = load(str(build(tiny_llama(), lambda network: network.lm_head.weight.mul_(2))))
-    with pytest.raises(ValueError, match=r"was made for .* \([0-9a-f]{16}\), not for .*: load that model, or fit this"):
-        from_pretrained(tmp_path, same_shape)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"format": 0}))
-    with pytest.raises(ValueError, match="has format 0, this version reads 1: save it again"):
-        from_pretrained(tmp_path, tiny_llama_model)
-
-
-def test_a_layer_of_another_kind_is_not_stored(tiny_llama_model: LanguageModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a Linear cannot be stored: only BlockCirculantLinear and LowRankLinear can"):
-        save_pretrained({"model.layers.0.mlp.up_proj": nn.Linear(16, 32)}, tmp_path, tiny_llama_model)
-    assert not list(tmp_path.iterdir())

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import regression_data, seeds
 
-from chassis_utils.adapters.adapter import at_rank, fit_path
+from chassis_utils.adapters.adapter import Adapter
+from chassis_utils.adapters.fit import fit_moments
 from chassis_utils.adapters.refine import Examples, by_adam
 from chassis_utils.as_reported.adapters import (
     as_state_edit,
@@ -36,14 +37,14 @@ Factors = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # U, S, V, d
 
 
 def ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ridge 1e-3 on centred data, with the intercept, as the first study wrote it."""
+    """Ridge 1e-3 on centred data, with the intercept, as the CHASSIS study wrote it."""
     centred = x - x.mean(0)
     weight = np.linalg.inv(centred.T @ centred + 1e-3 * np.eye(x.shape[1])) @ centred.T @ (y - y.mean(0))
     return weight, y.mean(0) - x.mean(0) @ weight
 
 
 def study_a(h: np.ndarray, expert: np.ndarray, w: np.ndarray, count: int) -> tuple[np.ndarray, Factors]:
-    """The first study's rank sweep: its columns, and U, S, V, d of full rank."""
+    """The CHASSIS study's rank sweep: its columns, and U, S, V, d of full rank."""
     weight, bias = ridge(h, expert)
     kept = np.argsort(-np.sqrt((weight**2).sum(0)))[:count]
     delta = (h @ weight[:, kept] + bias[kept]) - (h @ w.T)[:, kept]
@@ -203,7 +204,7 @@ def test_truncation_spends_its_rank_on_large_weights_in_place_of_large_effects()
 @given(seeds, st.integers(0, WIDTH))
 def test_method_b_is_hidden_to_hidden_of_the_study(seed: int, rank: int) -> None:
     head, (h,), _, expert = problem(seed)
-    adapter = at_rank(hidden_to_hidden(h, expert.states(h)), rank, head)
+    adapter = Adapter.from_path(hidden_to_hidden(h, expert.states(h)), rank, head)
     found = h + adapter.edit(h)
     np.testing.assert_allclose(found, study_b(h.numpy(), expert.states(h).numpy(), rank), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(adapter.logits(h, head), head(found))
@@ -215,9 +216,9 @@ def test_method_b_counts_the_state_twice(seed: int) -> None:
     path = hidden_to_hidden(h, expert.states(h))
     whole = h + path.at(WIDTH)(h)
     torch.testing.assert_close(whole - expert.states(h), h, rtol=1e-3, atol=1e-3)
-    kl = [float(kl_divergence(logits, at_rank(path, rank, head).logits(h, head)).mean()) for rank in range(7)]
+    kl = [float(kl_divergence(logits, Adapter.from_path(path, rank, head).logits(h, head)).mean()) for rank in range(7)]
     assert 0.005 < kl[0] < 0.02 and 5 * kl[0] < kl[1] < min(kl[2:])  # the more rank, the worse
-    edit = at_rank(fit_path([Moments.of(h, expert.edit(h))], penalty=1e-9), 2, head)
+    edit = fit_moments([Moments.of(h, expert.edit(h))], head, penalty=1e-9).at(2)
     assert float(kl_divergence(logits, edit.logits(h, head)).mean()) < 1e-9
 
 

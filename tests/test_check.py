@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from compare_outputs import differences
+
+from chassis_utils.paper.check import output_differences as differences
 
 
 def write(path: Path, text: str, source: str = "print(1)", tags: tuple[str, ...] = (), injected: bool = False) -> Path:

@@ -9,6 +9,7 @@ from samples import direct
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from chassis_utils.circulant import replace as replace_module
 from chassis_utils.circulant.activations import Walk
 from chassis_utils.circulant.closed_form import CirculantMoments
 from chassis_utils.circulant.layer import BlockCirculantLinear, average, expand
@@ -16,6 +17,7 @@ from chassis_utils.circulant.low_rank import LowRankLinear, equal_rank, low_rank
 from chassis_utils.circulant.patch import as_linear, mlp_projections, patch
 from chassis_utils.circulant.replace import collect, replacements
 from chassis_utils.linalg.moments import Moments
+from chassis_utils.lm import forward
 from chassis_utils.lm.model import LanguageModel, load
 from chassis_utils.text.prompts import Prompt
 
@@ -70,7 +72,7 @@ def test_a_padded_batch_counts_as_its_prompts_alone(
     for path in mlp_projections(model.network, 1):
         together = collect([second_block(model, first)], path, first, Moments.of)[0]
         with monkeypatch.context() as patched:
-            patched.setattr(states, "BATCH_TOKENS", 1)
+            patched.setattr(forward, "BATCH_TOKENS", 1)
             alone = collect([second_block(model, first)], path, first, Moments.of)[0]
         assert float(together.n) == sum(map(len, model.encode(TEXTS)))
         for part in ("n", "x_sum", "y_sum", "xx", "xy", "yy"):
@@ -95,7 +97,7 @@ def seen(network: PreTrainedModel, path: str, model: LanguageModel) -> tuple[Ten
 def test_each_layer_is_least_squares_on_what_those_before_it_left(
     exact: LanguageModel, sequential: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replacement, "choose_circulant_penalty", lambda *_: (0.5, {}))
+    monkeypatch.setattr(replace_module, "choose_circulant_penalty", lambda *_: (0.5, {}))
     found = replacements(exact, [1, 0], BLOCK, "aware", PROMPTS, sequential)
     student = copy.deepcopy(exact.network)
     assert list(found) == [path for layer in (0, 1) for path in mlp_projections(student, layer)]
@@ -118,7 +120,7 @@ def test_the_penalty_is_chosen_over_prompts(exact: LanguageModel, monkeypatch: p
         sizes.append([float(fold.n) for fold in folds])
         return 1.0, {}
 
-    monkeypatch.setattr(replacement, "choose_circulant_penalty", spy)
+    monkeypatch.setattr(replace_module, "choose_circulant_penalty", spy)
     replacements(exact, [0], BLOCK, "aware", PROMPTS)
     counts = sorted(map(len, exact.encode(TEXTS)))
     assert [sorted(fold) for fold in sizes] == [counts] * 3  # six prompts: a fold each

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+import chassis_utils.lm.bits_per_byte as module
 from chassis_utils.lm.bits_per_byte import bits_per_byte
 from chassis_utils.lm.model import LanguageModel, load
 

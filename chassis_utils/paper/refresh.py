@@ -1,15 +1,16 @@
-"""Store the outputs of the last micro run in the notebooks: `make refresh` runs this after the pipeline.
+"""`make refresh`: the outputs of the last run stored in the notebooks.
 
-Sources, texts and cell ids stay as they are; outputs are replaced and execution metadata is dropped.
+Sources, texts and cell ids stay as they are; outputs are replaced where they show something else than the stored ones
+(`paper.check.same_outputs`), and execution metadata is dropped.
 """
 
 from pathlib import Path
 
 import nbformat
-from nbformat import NotebookNode
 
 from chassis_utils.files import BUILD, ROOT, write_atomically
-from chassis_utils.paper.pipeline import DEFAULT_PROFILE
+from chassis_utils.paper.check import code_cells, same_outputs
+from chassis_utils.paper.pipeline import DEFAULT_PROFILE, numbered_notebooks
 
 LANGUAGE = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -18,13 +19,16 @@ LANGUAGE = {
 
 
 def refresh(path: Path, executed: Path) -> None:
-    """Copy the outputs of `executed` to the notebook at `path`."""
+    """Copy the new outputs of `executed` to the notebook at `path`; `ValueError` for a run of other code."""
     notebook, run = nbformat.read(path, as_version=4), nbformat.read(executed, as_version=4)
+    pictures_stay = all(map(same_outputs, code_cells(run), code_cells(notebook)))
     pairs = zip(code_cells(notebook), code_cells(run), strict=True)
     for count, (cell, done) in enumerate(pairs, start=1):
         if cell.source != done.source:
             raise ValueError(f"{path.name} has changed since it was run: run `make paper` and refresh again")
-        cell.execution_count, cell.outputs = count, done.outputs
+        cell.execution_count = count
+        if not pictures_stay:  # a figure shows the numbers of the cells around it
+            cell.outputs = done.outputs
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
@@ -34,12 +38,6 @@ def refresh(path: Path, executed: Path) -> None:
     write_atomically(path, nbformat.writes(notebook) + "\n")
 
 
-def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
-    """The code cells that the author wrote, without the one that papermill injects."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    return [cell for cell in cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-
-
 if __name__ == "__main__":
-    for source in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for source in numbered_notebooks(ROOT):
         refresh(source, BUILD / DEFAULT_PROFILE / "notebooks" / source.name)

@@ -2,15 +2,14 @@
 
 import pandas as pd
 import pytest
-from compare_tables import differences
+
+from chassis_utils.paper.agreement import table_differences as differences
 
 STORED = pd.DataFrame({"variant": ["a", None], "rank": [1, 2], "kl": [0.5, float("nan")], "seconds": [1.0, 2.0]})
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{}, {"kl": [0.501, float("nan")]}, {"seconds": [9.0, 9.0]}],
-    ids=["nothing", "rounding", "time"],
+    "change", [{}, {"kl": [0.501, float("nan")]}, {"seconds": [9.0, 9.0]}], ids=["nothing", "rounding", "time"]
 )
 def test_equal_tables_pass(change: dict[str, list[object]]) -> None:
     assert differences(STORED.assign(**change), STORED) == []
