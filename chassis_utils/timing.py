@@ -19,4 +19,4 @@ def median_seconds(calls: Mapping[str, Callable[[], object]], rounds: int = 7, r
             for _ in range(repeat):
                 call()
             seconds[name].append((time.perf_counter() - begin) / repeat)
-    return {name: median(found[1:]) for name, found in seconds.items()}
+    return {name: median(times[1:]) for name, times in seconds.items()}

@@ -18,6 +18,7 @@ from chassis_utils.paper.refresh import refresh
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LONGEST, TYPICAL = 25, 6  # lines of a code cell: at most, and in the median
+WORDLESS = 0.3  # share of code cells that may directly follow another
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/<~})])/[a-z]\w*/[\w.-]+|\b[A-Z]:\\\w")
 DATE = re.compile(r"\b20\d\d-[01]\d-[0-3]\d\b|\b[0-2]\d:[0-5]\d:[0-5]\d\b")
 METADATA = {
@@ -79,6 +80,13 @@ def test_notebook(path: Path) -> None:
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook, version=4, version_minor=5)
     assert problems(notebook) == []
+
+
+def test_a_reader_gets_a_word_between_cells_of_code() -> None:
+    kinds = [[cell.cell_type for cell in nbformat.read(path, as_version=4).cells] for path in NOTEBOOKS]
+    pairs = [pair for row in kinds for pair in zip(row, row[1:], strict=False)]
+    directly = sum(pair == ("code", "code") for pair in pairs)
+    assert directly <= WORDLESS * sum(row.count("code") for row in kinds)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -141,10 +141,10 @@ def fit_gated(
     best = _smallest_of_the_best(by_rank, groups)
     by_length = {1.0: by_rank[best]} | {length: kl(best, length) for length in LENGTHS if length != 1.0}
     length = min(by_length, key=lambda tried: float(by_length[tried].mean()))
-    found = by_length[length]
-    if not clearly_lower(found, base, groups):
+    judged = by_length[length]
+    if not clearly_lower(judged, base, groups):
         return replace(Adapter.untouched(head), held_out=HeldOut.of(base, base, groups))
-    return replace(whole.at(best).scaled(length), held_out=HeldOut.of(found, base, groups))
+    return replace(whole.at(best).scaled(length), held_out=HeldOut.of(judged, base, groups))
 
 
 def fit(

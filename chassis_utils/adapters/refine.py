@@ -98,7 +98,7 @@ def by_adam(
     scale = [sizes[0], 1.0, *sizes[1:]] if relative else [1.0] * 4
     optimizer = torch.optim.Adam([{"params": [f], "lr": rate * s} for f, s in zip(factors, scale, strict=True)])
     generator = torch.Generator().manual_seed(seed)
-    trail, found = [float(train.kl(start, head).mean())], [start]
+    trail, adapters = [float(train.kl(start, head).mean())], [start]
     for _ in range(passes):
         order = torch.randperm(len(train.h), generator=generator).split(batch)
         losses = []
@@ -109,8 +109,8 @@ def by_adam(
             optimizer.step()
             losses.append(loss.item())
         trail.append(math.fsum(losses) / len(losses))
-        found.append(_with_factors(start, factors))
-    return Refined.of(found, trail, head, held_out, last=not stopped)
+        adapters.append(_with_factors(start, factors))
+    return Refined.of(adapters, trail, head, held_out, last=not stopped)
 
 
 def by_gauss_newton(
@@ -123,14 +123,14 @@ def by_gauss_newton(
     """
     if start.space != "state":
         raise ValueError("Gauss-Newton steps edit the state: give an adapter in state coordinates")
-    trail, found = [float(train.kl(start, head).mean())], [start]
+    trail, adapters = [float(train.kl(start, head).mean())], [start]
     for _ in range(steps):
-        step = _step(found[-1], head, train, penalty, trail[-1])
+        step = _step(adapters[-1], head, train, penalty, trail[-1])
         if step is None:
             break
         trail.append(step[0])
-        found.append(step[1])
-    return Refined.of(found, trail, head, held_out, last=False)
+        adapters.append(step[1])
+    return Refined.of(adapters, trail, head, held_out, last=False)
 
 
 def _step(current: Adapter, head: Head, train: Examples, penalty: float, kl: float) -> tuple[float, Adapter] | None:

@@ -57,8 +57,8 @@ class Task:
 
     def moments(self, h: Shaped[Tensor, "n d"], wanted: Float64[Tensor, "n d"]) -> list[Moments]:
         """Moments of the folds that do not judge."""
-        found = by_fold(h, wanted, self.folds)
-        return [fold for number, fold in enumerate(found) if number % JUDGES]
+        moments = by_fold(h, wanted, self.folds)
+        return [fold for number, fold in enumerate(moments) if number % JUDGES]
 
 
 def fit_stack(task: Task, layers: Sequence[int], ranks: Sequence[int]) -> Stack:

@@ -76,11 +76,11 @@ def stage_b(base: Sequence[str], expert: Sequence[str]) -> StringBridge:
     ids, paired = _ids(base), _ids(base[:PAIRED])
     ways: list[Counter[int]] = []
     for text in expert:
-        found = Counter(ids.get(text, []))
+        firsts = Counter(ids.get(text, []))
         for cut in range(1, len(text)) if len(text) <= LONGEST else ():
             seconds = len(paired.get(text[cut:], []))
-            found.update({first: seconds for first in paired.get(text[:cut], []) if seconds})
-        ways.append(found)
+            firsts.update({first: seconds for first in paired.get(text[:cut], []) if seconds})
+        ways.append(firsts)
     return _string_bridge(ways, len(base))
 
 
@@ -111,15 +111,15 @@ def coverage(bridge: Bridge, base: Tokenizer, expert: Tokenizer) -> pd.DataFrame
 
 
 def _ids(strings: Sequence[str]) -> dict[str, list[int]]:
-    found = defaultdict(list)
+    ids_of = defaultdict(list)
     for token, text in enumerate(strings):
         if text:  # what decodes to nothing matches nothing
-            found[text].append(token)
-    return found
+            ids_of[text].append(token)
+    return ids_of
 
 
 def _string_bridge(ways: Sequence[Counter[int]], n_base: int) -> StringBridge:
-    entries = [(e, v, n / found.total()) for e, found in enumerate(ways) for v, n in found.items()]
+    entries = [(e, v, n / targets.total()) for e, targets in enumerate(ways) for v, n in targets.items()]
     if not entries:
         raise ValueError("no expert token has the decoded string of a base token: use Bridge.of")
     expert, base, share = zip(*entries, strict=True)

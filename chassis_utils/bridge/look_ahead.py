@@ -150,9 +150,9 @@ class _Search:
                 self._add(waiting.node, float(waiting.masses.sum()))
             else:
                 self._add_tokens(waiting.tokens, waiting.masses)
-        found = Bridged(torch.from_numpy(self.q), min(unresolved, 1.0), torch.from_numpy(self.remerged), calls)
+        bridged = Bridged(torch.from_numpy(self.q), min(unresolved, 1.0), torch.from_numpy(self.remerged), calls)
         self.q, self.remerged = so_far
-        return found
+        return bridged
 
     def _boundaries(self, before: bytes) -> Bool[Tensor, "v_e"]:
         safe, end = self.bridge.safe_boundaries(before), self.bridge.expert.end
@@ -187,8 +187,8 @@ class _Search:
         base, chosen = self.bridge.base, tokens.tolist()
         data = [node.data + (self.bridge.expert.pieces[token] or b"") for token in chosen]
         start = len(base.characters(node.context))
-        found = zip(chosen, data, self.bridge.first_tokens(node.context, data), masses.tolist(), strict=True)
-        for token, text, (first, remerged), mass in found:
+        children = zip(chosen, data, self.bridge.first_tokens(node.context, data), masses.tolist(), strict=True)
+        for token, text, (first, remerged), mass in children:
             child = _Node([*node.tokens, token], text, node.context, first, remerged)
             if base.has_safe_cut(base.characters(node.context + text), start):
                 self._add(child, mass)

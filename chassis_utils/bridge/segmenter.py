@@ -57,10 +57,10 @@ class Segmenter:
         texts = [text.decode("utf-8", "surrogateescape") for text in data]
         broken = {k for k, text in enumerate(texts) if LONE_BYTE.search(text)}
         whole = ["" if k in broken else text for k, text in enumerate(texts)]
-        found = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(whole, add_special_tokens=False)]
+        segments = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(whole, add_special_tokens=False)]
         for k in broken:
-            found[k] = self._segment_broken(texts[k])
-        return found
+            segments[k] = self._segment_broken(texts[k])
+        return segments
 
     def characters(self, data: bytes) -> str:
         """The characters that are certain whatever follows: without a last one that later bytes may complete."""
@@ -112,20 +112,20 @@ class Segmenter:
             return [token for part in ids for token in part]
         signs = {byte: sign for sign, byte in byte_alphabet().items()}
         words = ByteLevel(add_prefix_space=False).pre_tokenize_str(LONE_BYTE.sub("\ufffd", text))
-        found = []
+        tokens = []
         for _, (start, end) in words:
             word = "".join(signs[byte] for byte in text[start:end].encode("utf-8", "surrogateescape"))
-            found += [token.id for token in self.tokenizer.model.tokenize(word)]
-        return found
+            tokens += [token.id for token in self.tokenizer.model.tokenize(word)]
+        return tokens
 
 
 def _require_plain(layout: dict, family: str) -> None:
     """Refuse what would make segments depend on more than merges and the pre-tokenizer of GPT-2."""
     known = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True} if family == BYTE_LEVEL else None
-    found = layout["pre_tokenizer"]
-    if family == BYTE_LEVEL and found:
-        found = {key: found.get(key) for key in ("type", "add_prefix_space", "use_regex")}
-    if found != known or (family == BYTE_LEVEL and layout["normalizer"]):
+    pre_tokenizer = layout["pre_tokenizer"]
+    if family == BYTE_LEVEL and pre_tokenizer:
+        pre_tokenizer = {key: pre_tokenizer.get(key) for key in ("type", "add_prefix_space", "use_regex")}
+    if pre_tokenizer != known or (family == BYTE_LEVEL and layout["normalizer"]):
         name = (layout["pre_tokenizer"] or {}).get("type")
         raise ValueError(
             f"a {family} base with pre-tokenizer {name} and normalizer {(layout['normalizer'] or {}).get('type')} has "

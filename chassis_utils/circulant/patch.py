@@ -45,16 +45,16 @@ def mlp_projections(network: PreTrainedModel, layer: int) -> dict[str, nn.Module
     stacks = (name for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
     blocks = next((name for name in stacks if len(network.get_submodule(name)) == depth), "")
     prefix = f"{blocks}.{layer}.mlp."
-    found = {
+    projections = {
         name: module
         for name, module in network.named_modules()
         if name.startswith(prefix) and isinstance(module, LINEAR)
     }
-    if not found:
+    if not projections:
         raise ValueError(
             f"no linear layer below {prefix[:-1]!r} of a {type(network).__name__}: name the paths yourself"
         )
-    return found
+    return projections
 
 
 class Patch:

@@ -62,17 +62,17 @@ def replacements(
     if how in FIXED:
         return {path: _of_weights(as_linear(module), block_size, how) for path, module in modules.items()}
     walks = [Walk(model, fold, min(layers)) for fold in by_fold(prompts)]
-    found: dict[str, nn.Module] = {}
+    layers_in_place: dict[str, nn.Module] = {}
     bar = tqdm(total=len(modules), desc=f"{how} layers of {model.name}", disable=None, leave=False)
     for layer in range(min(layers), max(layers) + 1):
         for path, module in mlp_projections(model.network, layer).items() if layer in layers else ():
-            before = dict(found) if sequential else {}
-            found[path] = _fitted(how, as_linear(module), walks, path, before, block_size)
+            before = dict(layers_in_place) if sequential else {}
+            layers_in_place[path] = _fitted(how, as_linear(module), walks, path, before, block_size)
             bar.update()
         for walk in walks if layer < max(layers) else ():
-            walk.advance(found if sequential else {})
+            walk.advance(layers_in_place if sequential else {})
     bar.close()
-    return found
+    return layers_in_place
 
 
 def collect(

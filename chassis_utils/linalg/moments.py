@@ -95,8 +95,8 @@ def by_fold(
 ) -> list[Moments]:
     """One `Moments` per fold, in the order of their numbers, streamed in batches; `folds` gives each row's fold."""
     labels = torch.as_tensor(folds, device=x.device)
-    found = []
+    parts = []
     for fold in labels.unique().tolist():
         rows = (labels == fold).nonzero().flatten()
-        found.append(merge(Moments.of(x[part], y[part]) for part in rows.split(batch)))
-    return found
+        parts.append(merge(Moments.of(x[part], y[part]) for part in rows.split(batch)))
+    return parts

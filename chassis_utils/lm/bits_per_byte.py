@@ -61,8 +61,8 @@ def bits_per_byte(model: LanguageModel, texts: Sequence[str]) -> BitsPerByte:
     windows.sort(key=lambda window: len(window[1]))
     for first in tqdm(range(0, len(windows), BATCH), desc=f"bits of {model.name}", disable=None, leave=False):
         batch = windows[first : first + BATCH]
-        for (k, _, _), found in zip(batch, _bits(model, batch), strict=True):
-            bits[k] += found
+        for (k, _, _), scored in zip(batch, _bits(model, batch), strict=True):
+            bits[k] += scored
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)
     return BitsPerByte(bits, sizes)
 

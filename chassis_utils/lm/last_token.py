@@ -68,7 +68,7 @@ class Prefixes:
         is not. Raises `ValueError` for an edit at a layer that no block follows.
         """
         model = self.model
-        found = torch.empty(model.depth + 1, self.count, model.width, dtype=model.network.dtype)
+        last_states = torch.empty(model.depth + 1, self.count, model.width, dtype=model.network.dtype)
         for batch in self.read:
             first: list[Tensor] = []  # transformers records layer 0 only after the edits' hooks
             with ExitStack() as hooks:
@@ -85,8 +85,8 @@ class Prefixes:
                     output_hidden_states=True,
                 )
             for layer, states in enumerate([*first, *output.hidden_states[1:]]):
-                found[layer, batch.rows] = states[:, 0].cpu()
-        return found
+                last_states[layer, batch.rows] = states[:, 0].cpu()
+        return last_states
 
 
 def _record(states: list[Tensor], block: torch.nn.Module, inputs: tuple) -> None:

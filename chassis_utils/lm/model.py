@@ -111,7 +111,7 @@ class LanguageModel:
     def final_norm(self) -> torch.nn.Module:
         """The norm between the last block and the head: the one child of the base that holds only vectors."""
         children = self.network.base_model.children()
-        return [m for m in children if (found := [*m.parameters()]) and all(p.ndim == 1 for p in found)][-1]
+        return [m for m in children if (own := [*m.parameters()]) and all(p.ndim == 1 for p in own)][-1]
 
     @cached_property
     def parameters(self) -> int:
@@ -189,8 +189,8 @@ def find_folder(name: str) -> Path:
             ) from error
     if not list(path.glob("*.safetensors")):
         pickles = [file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in path.glob(f"*.{suffix}")]
-        found = f"only a pickle ({pickles[0]}), which can run code when read" if pickles else "no weights"
-        raise ValueError(f"checkpoint {name!r} holds {found}: convert it to safetensors")
+        kind = f"only a pickle ({pickles[0]}), which can run code when read" if pickles else "no weights"
+        raise ValueError(f"checkpoint {name!r} holds {kind}: convert it to safetensors")
     for needed in ("config.json", "tokenizer.json"):
         if not (path / needed).is_file():
             raise ValueError(f"checkpoint {name!r} has no {needed}: save it beside the weights")

@@ -1,6 +1,7 @@
 """How figures look: one calm theme, one colour for each method in the whole paper, and curves with error bars."""
 
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -66,7 +67,7 @@ def variant_styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
         "as_reported": {"color": VERMILION, "marker": "v", "linestyle": (0, (5, 1.5))},
         "corrected": {"color": BLUE, "marker": "o", "linestyle": "-"},
     }
-    spare = (style for style in CURVES if style["color"] not in (VERMILION, BLUE))
+    spare = cycle(style for style in CURVES if style["color"] not in (VERMILION, BLUE))
     return {name: fixed[name] if name in fixed else next(spare) for name in dict.fromkeys(variants)}
 
 

@@ -136,13 +136,13 @@ def _file_docstrings(path: Path) -> list[str]:
             tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # templates, and sources for other Python versions
         return []
-    found: list[str | None] = []
+    docstrings: list[str | None] = []
     waiting: list[ast.Module | Definition] = [tree]
     while waiting:
         node = waiting.pop()
-        found.append(ast.get_docstring(node))
+        docstrings.append(ast.get_docstring(node))
         waiting += [inner for inner in reversed(node.body) if isinstance(inner, Definition)]
-    return [text for text in found if text]
+    return [text for text in docstrings if text]
 
 
 if __name__ == "__main__":

@@ -183,14 +183,14 @@ def _natural(part: str, n: int, seed: int) -> list[Prompt]:
     documents = read_documents(part) if part == "train" else read_unseen(part)
     rng = random.Random(f"{part} {seed}")  # a string seeds the same on every platform
     order = rng.sample(range(len(documents)), len(documents))
-    found: list[Prompt] = []
+    passages: list[Prompt] = []
     for k in range(4 * n):  # several cuts of one document where there are few documents
         document = documents[order[k % len(order)]]
         text = _cut(document.text, rng)
         if text:
-            found.append(Prompt(text, document.key, document.key))
-        if len(found) == n:
-            return found
+            passages.append(Prompt(text, document.key, document.key))
+        if len(passages) == n:
+            return passages
     raise ValueError(f"the corpus has too little text for {n} natural prompts of part {part!r}: ask for fewer")
 
 
