@@ -12,22 +12,26 @@ from functools import cached_property
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
+CACHED = 2**17  # logits whose float64 copies stay in a processor's cache
 FIGURES = ("kl", "kl_se", "base_kl", "gap_closed", "top1", "top5_overlap", "n_prompts")  # of an evaluation row
 
 
-def kl_divergence(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
-    """KL(expert || other) of each row of logits, nats, float64; constants added to a row change nothing."""
-    log_p = expert.double().log_softmax(-1)
-    return _kl(log_p, log_p.exp(), other)
+def kl_divergence(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"]) -> Float64[Tensor, "n"]:
+    """KL(expert || other) of each row of logits, nats; constants added to a row change nothing.
+
+    A few rows at a time: float64 copies of all logits would spend their time on memory.
+    """
+    rows = max(1, CACHED // expert.shape[1])
+    parts = [_kl(*pair) for pair in zip(expert.split(rows), other.split(rows), strict=True)]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
 
 
-def _kl(
-    log_p: Float[Tensor, "n vocab"], p: Float[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"]
-) -> Float[Tensor, "n"]:
-    return (p * (log_p - other.double().log_softmax(-1))).sum(-1).clamp_min(0.0)
+def _kl(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"]) -> Float64[Tensor, "n"]:
+    log_p, log_q = expert.double().log_softmax(-1), other.double().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0.0)
 
 
 def kl_loss(expert: Shaped[Tensor, "n vocab"], student: Shaped[Tensor, "n vocab"]) -> Float[Tensor, ""]:
@@ -113,14 +117,6 @@ class Reference:
     groups: Sequence[str] | None = None
 
     @cached_property
-    def _log_p(self) -> Float[Tensor, "n vocab"]:
-        return self.expert.double().log_softmax(-1)
-
-    @cached_property
-    def _p(self) -> Float[Tensor, "n vocab"]:
-        return self._log_p.exp()
-
-    @cached_property
     def _top(self) -> Int[Tensor, "n 5"]:
         return self.expert.topk(5).indices
 
@@ -133,7 +129,7 @@ class Reference:
 
     def kl(self, adapted: Shaped[Tensor, "n vocab"]) -> Float[Tensor, "n"]:
         """KL(expert || adapted) of each prompt, nats."""
-        return _kl(self._log_p, self._p, adapted)
+        return kl_divergence(self.expert, adapted)
 
     def row(
         self, adapted: Shaped[Tensor, "n vocab"], kl: Float[Tensor, "n"] | None = None, **keys: object

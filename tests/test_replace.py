@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from chassis_utils.circulant import replace as replace_module
-from chassis_utils.circulant.activations import Walk
+from chassis_utils.circulant.activations import PairedForward
 from chassis_utils.circulant.closed_form import CirculantMoments
 from chassis_utils.circulant.layer import BlockCirculantLinear, average, expand
 from chassis_utils.circulant.low_rank import LowRankLinear, equal_rank, low_rank
@@ -57,8 +57,8 @@ def test_where_the_weights_are_block_circulant_nothing_changes(build: Build, how
         torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
 
 
-def second_block(model: LanguageModel, first: dict[str, nn.Module]) -> Walk:
-    walk = Walk(model, TEXTS)
+def second_block(model: LanguageModel, first: dict[str, nn.Module]) -> PairedForward:
+    walk = PairedForward(model, TEXTS)
     walk.advance(first)
     return walk
 

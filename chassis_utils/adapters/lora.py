@@ -1,7 +1,7 @@
 """LoRA by peft on a copy of the base, trained to follow an expert's next-token logits: the peer of closed forms.
 
-Loss: mean over prompts of KL(expert || student) at the last token, AdamW, prompts in a random
-order. Cost: a forward and a backward pass of the whole network for every prompt in every pass.
+Loss: mean over prompts of KL(expert || student) at the last token, AdamW, batches of prompts of similar length in a
+random order. Cost: a forward and a backward pass of the whole network for every prompt in every pass.
 """
 
 import copy
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save
 from torch import Tensor
@@ -74,7 +74,7 @@ def train_lora(
     losses = []
     for _ in tqdm(range(passes), desc="LoRA", disable=None, leave=False):
         total = 0.0
-        for rows in torch.randperm(len(ids), generator=generator).split(batch):
+        for rows in _batches(ids, batch, generator):
             loss = kl_loss(expert[rows], token_logits(model, [ids[k] for k in rows.tolist()], every_token=False))
             optimizer.zero_grad()
             loss.backward()
@@ -86,3 +86,11 @@ def train_lora(
     digest = hashlib.sha256(save({name: value.detach().contiguous() for name, value in factors.items()}))
     model = replace(model, fingerprint=f"{base.fingerprint}+{digest.hexdigest()[:16]}")  # other weights, other states
     return LoRA(model, sum(p.numel() for p in trained), losses)
+
+
+def _batches(ids: list[list[int]], size: int, generator: torch.Generator) -> list[Int[Tensor, "rows"]]:
+    """All prompts in a random order of batches, each of prompts of similar length: little of it is padding."""
+    order = torch.randperm(len(ids), generator=generator)
+    lengths = torch.tensor([len(ids[k]) for k in order.tolist()])
+    batches = order[lengths.argsort(stable=True)].split(size)
+    return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]

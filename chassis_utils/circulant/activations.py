@@ -1,31 +1,49 @@
 """Prompts on their way through a network, block by block: as it is, and with layers replaced, side by side.
 
-Both start at the same block with the same states. At each block the inputs that a linear layer gets in the
-network as replaced so far and the outputs that it has in the untouched one can be read; then
-both states move on. What lies before a block is never run again: a layer costs two runs of its block.
-Memory: two states of the model's width for each token.
+Both start at the same block with the same states. At each block the inputs that a linear layer of its MLP gets in the
+network as replaced so far, and the outputs that it has in the untouched one, can be read; then both states move on.
+What lies before a block is never run again, and a run of a block gives all that it can: a layer costs one run as it
+is, and one as replaced for each of its projections whose input an earlier replacement changes. Memory: for each
+token two states of the model's width, the outputs of one MLP's projections and their inputs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from chassis_utils.circulant.patch import patch
+from chassis_utils.circulant.patch import mlp_projections, patch
 from chassis_utils.lm.forward import batches, encode, pad
 from chassis_utils.lm.model import LanguageModel
 
 
 class _Reached(Exception):
-    """The module that was waited for has been called: nothing behind it is needed."""
+    """The block that was waited for has been called: nothing behind it is needed."""
+
+
+@dataclass
+class _Run:
+    """One run through a block: what was replaced, the states behind it, its projections' inputs and outputs."""
+
+    replaced: frozenset[str]
+    states: Float[Tensor, "n t d"]
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+    def holds(self, path: str, replaced: frozenset[str]) -> bool:
+        """Whether the input of `path` is the same under these replacements: it is that of each new one too."""
+        new = replaced - self.replaced
+        return path in self.inputs and all(self.inputs.get(other) is self.inputs[path] for other in new)
 
 
 @dataclass
 class _Batch:
-    """Prompts of similar length at the entry of a block."""
+    """Prompts of similar length at the entry of a block, and the last runs through it."""
 
     prompts: list[str]
     real: Bool[Tensor, "n t"]
@@ -33,9 +51,11 @@ class _Batch:
     replaced: Float[Tensor, "n t d"]
     others: tuple[Any, ...]  # positional arguments of the blocks after the states
     named: dict[str, Any]
+    as_it_is: _Run | None = None
+    as_replaced: _Run | None = None
 
 
-class Walk:
+class PairedForward:
     """`prompts` at the entry of block `layer`, in the untouched network and in the replaced one.
 
     Raises `ValueError` for prompts that the model cannot read and a layer that it does not have.
@@ -53,13 +73,18 @@ class Walk:
     ) -> Iterator[tuple[Float[Tensor, "tokens d_x"], Float[Tensor, "tokens d_y"]]]:
         """Inputs of the layer at `path` in this block with `before` in place, and its outputs without, by batch.
 
-        Rows are the real tokens, in the model's dtype and on its device. Raises `ValueError` where one is not
-        finite, with the prompt.
+        Rows are the real tokens, in the model's dtype and on its device. Raises `ValueError` for a path that is no
+        linear layer of this block's MLP, and where an activation is not finite, with the prompt.
         """
+        projections = mlp_projections(self.model.network, self.layer)
+        if path not in projections:
+            raise ValueError(f"{path!r} is no layer that block {self.layer} runs: name one of this block")
+        inside = frozenset(before.keys() & projections.keys())
         for batch in self._batches:
-            y = self._caught(path, batch, batch.untouched)[1]
-            with patch(self.model.network, before):
-                x = self._caught(path, batch, batch.replaced)[0]
+            batch.as_it_is = batch.as_it_is or self._through(batch, batch.untouched)
+            if batch.as_replaced is None or not batch.as_replaced.holds(path, inside):
+                batch.as_replaced = self._through(batch, batch.replaced, before, inside)
+            x, y = batch.as_replaced.inputs[path], batch.as_it_is.outputs[path]
             bad = (batch.real & ~(torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1))).nonzero()
             if len(bad):
                 prompt = batch.prompts[int(bad[0, 0])][:60]
@@ -71,9 +96,10 @@ class Walk:
     def advance(self, before: Mapping[str, nn.Module]) -> None:
         """On to the next block, through this one as it is, and with `before` in place."""
         for batch in self._batches:
-            batch.untouched = self._through(batch, batch.untouched)
-            with patch(self.model.network, before):
-                batch.replaced = self._through(batch, batch.replaced)
+            as_it_is = batch.as_it_is or self._through(batch, batch.untouched)
+            batch.untouched = as_it_is.states
+            batch.replaced = self._through(batch, batch.replaced, before).states
+            batch.as_it_is, batch.as_replaced = None, None
         self.layer += 1
 
     @torch.no_grad()
@@ -97,28 +123,23 @@ class Walk:
         return _Batch(prompts, mask.bool(), states, states, tuple(others), named)
 
     @torch.no_grad()
-    def _through(self, batch: _Batch, states: Float[Tensor, "n t d"]) -> Float[Tensor, "n t d"]:
-        output = self.model.blocks[self.layer](states, *batch.others, **batch.named)
-        return output[0] if isinstance(output, tuple) else output
+    def _through(
+        self,
+        batch: _Batch,
+        states: Float[Tensor, "n t d"],
+        before: Mapping[str, nn.Module] | None = None,
+        inside: frozenset[str] = frozenset(),
+    ) -> _Run:
+        """Run the block with `before` in place, and note what its projections read and give."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
-    def _caught(
-        self, path: str, batch: _Batch, states: Float[Tensor, "n t d"]
-    ) -> tuple[Float[Tensor, "n t d_x"], Float[Tensor, "n t d_y"]]:
-        """Input and output of one layer of this block."""
-        seen: list[Tensor] = []
+        def note(path: str, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[path], outputs[path] = given[0], output
 
-        def catch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen.extend((inputs[0], output))
-            raise _Reached
-
-        hook = self.model.network.get_submodule(path).register_forward_hook(catch)
-        try:
-            self._through(batch, states)
-        except _Reached:
-            pass
-        finally:
-            hook.remove()
-        if not seen:
-            raise ValueError(f"{path!r} is no layer that block {self.layer} runs: name one of this block")
-        x, y = seen
-        return x, y
+        with ExitStack() as stack:
+            stack.enter_context(patch(self.model.network, before or {}))
+            for path, module in mlp_projections(self.model.network, self.layer).items():
+                stack.callback(module.register_forward_hook(partial(note, path)).remove)
+            output = self.model.blocks[self.layer](states, *batch.others, **batch.named)
+        return _Run(inside, output[0] if isinstance(output, tuple) else output, inputs, outputs)

@@ -25,7 +25,13 @@ from torch import Tensor, nn
 
 from chassis_utils.circulant.layer import BlockCirculantLinear, average, check_block_size, expand
 from chassis_utils.linalg.moments import Moments
-from chassis_utils.linalg.regression import RELATIVE_RIDGES, ROUNDING, LinearMap, check_penalty, solve_symmetric
+from chassis_utils.linalg.regression import (
+    RELATIVE_RIDGES,
+    LinearMap,
+    as_good_as_the_best,
+    check_penalty,
+    solve_symmetric,
+)
 from chassis_utils.linalg.regression import squared_error as squared_error_of_map
 
 
@@ -127,19 +133,21 @@ def choose_circulant_penalty(
 ) -> tuple[float, dict[float, float]]:
     """The penalty of `activation_aware` with the least K-fold error, and the error per sample of each candidate.
 
-    Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix; of errors
-    that differ by rounding alone the largest penalty is taken.
+    Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix; of those as good as the best
+    (`regression.as_good_as_the_best`) the largest is taken.
     """
     whole = reduce(add, folds)
     start = average(linear.weight, whole.block_size)
     unit = whole.mean_eigenvalue or 1.0  # constant inputs: any penalty gives the mean
-    errors = dict.fromkeys((factor * unit for factor in relative), 0.0)
-    for fold in folds:
+    penalties = [factor * unit for factor in relative]
+    held_out = torch.zeros(len(folds), len(penalties), dtype=torch.float64)
+    for number, fold in enumerate(folds):
         rest = whole - fold
-        for penalty in errors:
-            errors[penalty] += _error(fold, *_fit(rest, start, penalty)) / float(whole.n)
-    least = min(errors.values()) + ROUNDING * float(whole.y_square / whole.n)
-    return max(penalty for penalty, error in errors.items() if error <= least), errors
+        for k, penalty in enumerate(penalties):
+            held_out[number, k] = _error(fold, *_fit(rest, start, penalty))
+    good = as_good_as_the_best(held_out, whole.n, float(whole.y_square / whole.n)).tolist()
+    errors = dict(zip(penalties, (held_out.sum(0) / whole.n).tolist(), strict=True))
+    return max(penalty for penalty, fits in zip(penalties, good, strict=True) if fits), errors
 
 
 def _fit(

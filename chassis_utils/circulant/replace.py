@@ -17,7 +17,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from chassis_utils.circulant.activations import Walk
+from chassis_utils.circulant.activations import PairedForward
 from chassis_utils.circulant.closed_form import CirculantMoments, activation_aware, choose_circulant_penalty
 from chassis_utils.circulant.layer import BlockCirculantLinear
 from chassis_utils.circulant.low_rank import LowRankLinear, equal_rank, low_rank, low_rank_aware
@@ -61,29 +61,32 @@ def replacements(
     modules = {path: module for mlp in mlps for path, module in mlp.items()}
     if how in FIXED:
         return {path: _of_weights(as_linear(module), block_size, how) for path, module in modules.items()}
-    walks = [Walk(model, fold, min(layers)) for fold in by_fold(prompts)]
+    pairs = [PairedForward(model, fold, min(layers)) for fold in by_fold(prompts)]
     layers_in_place: dict[str, nn.Module] = {}
     bar = tqdm(total=len(modules), desc=f"{how} layers of {model.name}", disable=None, leave=False)
     for layer in range(min(layers), max(layers) + 1):
         for path, module in mlp_projections(model.network, layer).items() if layer in layers else ():
             before = dict(layers_in_place) if sequential else {}
-            layers_in_place[path] = _fitted(how, as_linear(module), walks, path, before, block_size)
+            layers_in_place[path] = _fitted(how, as_linear(module), pairs, path, before, block_size)
             bar.update()
-        for walk in walks if layer < max(layers) else ():
-            walk.advance(layers_in_place if sequential else {})
+        for pair in pairs if layer < max(layers) else ():
+            pair.advance(layers_in_place if sequential else {})
     bar.close()
     return layers_in_place
 
 
 def collect(
-    walks: Sequence[Walk], path: str, before: Mapping[str, nn.Module], moments_of: Callable[[Tensor, Tensor], Sums]
+    pairs: Sequence[PairedForward],
+    path: str,
+    before: Mapping[str, nn.Module],
+    moments_of: Callable[[Tensor, Tensor], Sums],
 ) -> list[Sums]:
-    """The moments of `Walk.activations`, streamed; one for each walk."""
-    return [reduce(add, (moments_of(x, y) for x, y in walk.activations(path, before))) for walk in walks]
+    """The moments of `PairedForward.activations`, streamed; one for each pair."""
+    return [reduce(add, (moments_of(x, y) for x, y in pair.activations(path, before))) for pair in pairs]
 
 
 def by_fold(prompts: Sequence[Prompt]) -> list[list[str]]:
-    """The texts of each fold, for one walk each."""
+    """The texts of each fold, for one pair each."""
     numbers = fold_numbers(list(prompts))
     return [
         [prompt.text for prompt, number in zip(prompts, numbers, strict=True) if number == fold]
@@ -103,10 +106,15 @@ def _of_weights(linear: nn.Linear, block_size: int, how: str) -> nn.Module:
 
 
 def _fitted(
-    how: str, linear: nn.Linear, walks: Sequence[Walk], path: str, before: Mapping[str, nn.Module], block_size: int
+    how: str,
+    linear: nn.Linear,
+    pairs: Sequence[PairedForward],
+    path: str,
+    before: Mapping[str, nn.Module],
+    block_size: int,
 ) -> nn.Module:
     if how == "aware":
-        sums = collect(walks, path, before, partial(CirculantMoments.of, block_size=block_size))
+        sums = collect(pairs, path, before, partial(CirculantMoments.of, block_size=block_size))
         return activation_aware(linear, reduce(add, sums), choose_circulant_penalty(linear, sums)[0])
-    moments = collect(walks, path, before, Moments.of)
+    moments = collect(pairs, path, before, Moments.of)
     return low_rank_aware(linear, reduce(add, moments), choose_penalty(moments)[0], equal_rank(linear, block_size))

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64, Inexact, Shaped
+from jaxtyping import Bool, Float64, Inexact, Shaped
 from torch import Tensor
 
 from chassis_utils.linalg.moments import Moments, merge
 
 ROUNDING = 1e-12  # of the targets' variance: errors closer than this are equal
+INDIFFERENCE = 0.1  # of a standard error: choices whose errors are closer than that are equal
 RELATIVE_RIDGES = tuple(10.0 ** (k / 2) for k in range(-18, 5))  # times the mean eigenvalue of the Gram matrix
 
 
@@ -116,18 +117,17 @@ def choose_penalty(
 ) -> tuple[float, dict[float, float]]:
     """The penalty with the least K-fold error, and the held-out error per sample of each candidate.
 
-    Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix. Among errors
-    that differ by rounding alone the largest penalty is taken, so that an exactly linear target
-    does not leave the choice to noise.
+    Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix. Of those as good as the
+    best (`as_good_as_the_best`) the largest penalty is taken, so that no noise decides where the error is flat.
     """
     whole = merge(folds)
     metric = torch.eye(len(whole.y_sum)).to(whole.yy) if metric is None else metric
     unit = mean_eigenvalue(whole) or 1.0  # constant inputs: any penalty gives the mean
     candidates = whole.xx.new_tensor([factor * unit for factor in relative])
-    held_out = [_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds]
-    errors = torch.stack(held_out).sum(0) / whole.n
-    rounding = ROUNDING * max(0.0, float((whole.yy_centred * metric).sum() / whole.n))  # constant targets: noise
-    best = float(candidates[errors <= errors.min() + rounding].max())
+    held_out = torch.stack([_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds])
+    errors = held_out.sum(0) / whole.n
+    variance = max(0.0, float((whole.yy_centred * metric).sum() / whole.n))  # of constant targets it is noise
+    best = float(candidates[as_good_as_the_best(held_out, whole.n, variance)].max())
     return best, dict(zip(candidates.tolist(), errors.tolist(), strict=True))
 
 
@@ -139,19 +139,36 @@ def choose_rank(
 ) -> tuple[int, dict[int, float]]:
     """The rank with the least K-fold error under `metric`, and the held-out error per sample of each.
 
-    Among errors that differ by rounding alone the smallest rank is taken. All ranks unless given.
+    Of those as good as the best (`as_good_as_the_best`) the smallest rank is taken. All ranks unless given.
     """
     whole = merge(folds)
     paths = [reduced_rank(whole - fold, penalty, metric) for fold in folds]
-    ranks = range(len(paths[0].singular_values) + 1) if ranks is None else ranks
-    errors = {
-        rank: sum(float(squared_error(fold, path.at(rank), metric)) for fold, path in zip(folds, paths, strict=True))
-        / float(whole.n)
-        for rank in ranks
-    }
-    variance = whole.yy.trace() if metric is None else (whole.yy * metric).sum()
-    rounding = ROUNDING * float(variance / whole.n)
-    return min(rank for rank, error in errors.items() if error <= min(errors.values()) + rounding), errors
+    ranks = list(range(len(paths[0].singular_values) + 1) if ranks is None else ranks)
+    held_out = torch.stack(
+        [
+            torch.stack([squared_error(fold, path.at(rank), metric) for rank in ranks])
+            for fold, path in zip(folds, paths, strict=True)
+        ]
+    )
+    variance = float((whole.yy.trace() if metric is None else (whole.yy * metric).sum()) / whole.n)
+    good = as_good_as_the_best(held_out, whole.n, variance)
+    errors = (held_out.sum(0) / whole.n).tolist()
+    return min(rank for rank, fits in zip(ranks, good.tolist(), strict=True) if fits), dict(
+        zip(ranks, errors, strict=True)
+    )
+
+
+def as_good_as_the_best(
+    held_out: Float64[Tensor, "folds candidates"], n: Float64[Tensor, ""], variance: float
+) -> Bool[Tensor, "candidates"]:
+    """Which candidates' summed errors on kept-out folds are within `INDIFFERENCE` standard errors of the least.
+
+    The standard error is that of the least one over folds; differences below `ROUNDING` of the targets' `variance` are
+    none. Which of these a caller takes, the simplest, does not flip with the last digits of a sum.
+    """
+    errors = held_out.sum(0)
+    spread = held_out[:, errors.argmin()].std(unbiased=True) * len(held_out) ** 0.5 if len(held_out) > 1 else 0.0
+    return errors <= errors.min() + INDIFFERENCE * spread + ROUNDING * variance * n
 
 
 def _held_out_errors(

@@ -84,12 +84,14 @@ def prefixes(model: LanguageModel, texts: Sequence[str], positions: Sequence[Seq
 def token_logits(
     model: LanguageModel, rows: Sequence[list[int]], every_token: bool
 ) -> Float[Tensor, "positions vocab"]:
-    """Next-token logits of each prompt at its last token, or at all its real ones, prompt after prompt."""
+    """Next-token logits of each prompt at its last token, or at all its real ones, prompt after prompt.
+
+    The head reads the states of these tokens alone.
+    """
     ids, mask = pad(rows, model.device)
-    logits = model.network(ids, attention_mask=mask, use_cache=False).logits
-    if every_token:
-        return logits[mask.bool()]
-    return logits[torch.arange(len(rows), device=logits.device), mask.sum(1) - 1]
+    states = model.network.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    chosen = mask.bool() if every_token else (torch.arange(len(rows), device=mask.device), mask.sum(1) - 1)
+    return model.head.finish(model.network.get_output_embeddings()(states[chosen]))
 
 
 @torch.no_grad()

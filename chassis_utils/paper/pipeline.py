@@ -174,7 +174,7 @@ def _same_content(step: Step, name: Path) -> bool:
     stored = name.with_suffix(".json")
     if not stored.exists():
         return False
-    contents = [json.loads(path.read_text(encoding="utf-8"))["content"] for path in (step.staged(stored), stored)]
+    contents = [json.loads(path.read_text(encoding="utf-8")).get("content") for path in (step.staged(stored), stored)]
     return contents[0] == contents[1]
 
 
