@@ -6,14 +6,16 @@ there second. Files are written beside their place and moved into it, so a reade
 interrupted run leaves the last good one.
 """
 
+import hashlib
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository, where the package runs from one
-IN_REPOSITORY = (ROOT / "constraints.txt").is_file()  # an installed wheel has no repository around it
+IN_REPOSITORY = (ROOT / "pyproject.toml").is_file()  # an installed wheel has no repository around it
 BUILD = ROOT / "build" if IN_REPOSITORY else user_cache_path("chassis-utils")
 CACHE = BUILD / "cache"
 MODELS = ROOT / "models"
@@ -44,3 +46,19 @@ def write_atomically(path: Path, content: str | bytes) -> Path:
         raise
     path.chmod(0o644)
     return path
+
+
+def write_checked(path: Path, payload: bytes) -> None:
+    """Write `payload` behind its SHA-256, for `read_checked`."""
+    write_atomically(path, hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+
+
+def read_checked(path: Path) -> bytes | None:
+    """What `write_checked` wrote; None where there is no such file, or it has been damaged, which is said."""
+    if not path.is_file():
+        return None
+    digest, _, payload = path.read_bytes().partition(b"\n")
+    if hashlib.sha256(payload).hexdigest().encode() == digest:
+        return payload
+    warnings.warn(f"{path.name} in the cache is damaged: it is made anew", stacklevel=2)
+    return None

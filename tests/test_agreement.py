@@ -33,3 +33,46 @@ def test_changed_table_fails(change: dict[str, list[object]]) -> None:
 
 def test_missing_row_fails() -> None:
     assert len(differences(STORED[:1], STORED)) == 1
+
+
+EVALUATION = pd.DataFrame(
+    {
+        "variant": ["exact", "trained", "trained"],
+        "kl": [2e-13, 0.0073, 0.5],
+        "gap_closed": [1.0, 0.9808, 2.0e-5],
+        "top1": [1.0, 0.9, 0.4],
+        "n_prompts": [512, 512, 512],
+        "chaotic": [False, True, False],
+    }
+)
+ALIKE = {
+    "below the floor": ("kl", 0, 8e-11),
+    "an order of magnitude of a chaotic row": ("kl", 1, 0.0031),
+    "the share that such a row closes": ("gap_closed", 1, 0.5),
+    "a share closed, as what is left": ("gap_closed", 2, 3.0e-4),
+    "two prompts of a near tie": ("top1", 2, 0.4 + 2 / 512),
+}
+MOVED = {
+    "above the floor": ("kl", 0, 2e-9),
+    "more than an order of magnitude": ("kl", 1, 0.08),
+    "two percent": ("kl", 2, 0.51),
+    "a third prompt": ("top1", 2, 0.4 + 3 / 512),
+    "another variant": ("variant", 1, "exact"),
+    "no longer chaotic": ("chaotic", 1, False),
+}
+
+
+def changed(column: str, row: int, value: object) -> pd.DataFrame:
+    values = EVALUATION[column].tolist()
+    values[row] = value
+    return EVALUATION.assign(**{column: values})
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_what_another_processor_may_change_passes(case: str) -> None:
+    assert differences(changed(*ALIKE[case]), EVALUATION) == []
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_what_it_may_not_change_fails(case: str) -> None:
+    assert len(differences(changed(*MOVED[case]), EVALUATION)) == 1

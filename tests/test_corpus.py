@@ -76,3 +76,14 @@ def test_unseen_documents_share_no_paragraph_with_training(documents: dict[str, 
     assert not any(training & document.paragraphs for document in unseen)
     left_out = {document.key for document in documents["test"]} - {document.key for document in unseen}
     assert all(training & document.paragraphs for document in documents["test"] if document.key in left_out)
+
+
+@pytest.mark.parametrize("damage", [b"", b"[", b"0" * 64 + b"\n[]"])
+def test_a_damaged_corpus_is_read_anew(damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "PACKAGES", {"seaborn": ""})
+    monkeypatch.setattr(corpus, "CACHE", tmp_path)
+    sound = read_documents("train")
+    (stored,) = [file for file in tmp_path.iterdir() if file.suffix != ".lock"]
+    stored.write_bytes(damage)
+    with pytest.warns(UserWarning, match="in the cache is damaged: it is made anew"):
+        assert read_documents("train") == sound

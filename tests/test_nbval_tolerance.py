@@ -14,7 +14,7 @@ HTML = "from IPython.display import HTML, display\ndisplay(HTML('<td>{}</td>'))"
 CELLS = {  # case: (source, what it showed when it was stored, whether the check passes)
     "close decimal": ("print('kl 0.1234 nats')", "kl 0.1235 nats\n", True),
     "close decimal and moved columns": ("print('a   9.99 b')", "a 10.01 b\n", True),
-    "noise around zero": ("print('4.1e-08')", "-3.0e-09\n", True),
+    "noise around zero": ("print('4.1e-10')", "-3.0e-11\n", True),
     "thousands": ("print('1,234.5')", "1,235.5\n", True),
     "other decimal": ("print('kl 0.1234 nats')", "kl 0.1434 nats\n", False),
     "other sign": ("print('-0.5')", "0.5\n", False),

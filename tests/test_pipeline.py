@@ -1,6 +1,7 @@
 """The pipeline on a small project of its own: what is run again and when, and what is refused."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -144,6 +146,45 @@ def test_interrupted_run_is_resumed(project: Path) -> None:
 
     write_notebook(project, "10_second", SECOND)
     assert would_run(project) == {"10_second"}
+
+
+WAIT = "import time\nfrom pathlib import Path\nPath({marker!r}).touch()\ntime.sleep(60)"
+
+
+def waiting(project: Path) -> subprocess.Popen[str]:
+    """A run whose second notebook has begun and does not end."""
+    marker = project / "reached"
+    write_notebook(project, "10_second", [*SECOND, WAIT.format(marker=str(marker))])
+    process = start(project)
+    while not marker.exists() and process.poll() is None:
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_no_success_and_leaves_no_process(project: Path, number: signal.Signals) -> None:
+    process = waiting(project)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert any("ipykernel" in " ".join(child.cmdline()) for child in family)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert output.endswith("interrupted: finished notebooks keep their results, run again to go on\n")
+    assert "Succeeded" not in output
+    assert not psutil.wait_procs(family, timeout=1)[1]
+    assert table(project, "first") == "1"
+
+
+def test_a_second_run_in_one_checkout_says_who_has_it(project: Path) -> None:
+    first = waiting(project)
+    assert re.fullmatch(
+        rf"error: process {first.pid} has been running the notebooks of this checkout since [\d :-]+: wait .*\n",
+        run(project),
+    )
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=5)
+    write_notebook(project, "10_second", SECOND)
+    assert "1  Succeeded" in run(project)
 
 
 def test_mistake_in_a_profile_is_one_sentence_before_anything_runs(project: Path) -> None:

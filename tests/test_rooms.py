@@ -16,7 +16,8 @@ ORDER = [  # from the ground up: a module imports from its own room and from tho
     *("files", "limits", "timing", "metrics", "linalg", "text", "lm", "bridge", "experts", "adapters", "circulant"),
     *("as_reported", "paper", "__main__"),
 ]
-LONGEST_MODULE, LONGEST_FUNCTION, LARGEST_PACKAGE = 300, 40, 5500  # lines
+LONGEST_MODULE, LONGEST_FUNCTION = 300, 40  # lines
+LARGEST_PACKAGE = 5000  # lines of code: docstrings, comments and blank lines do not count
 
 
 def room(module: str) -> str:
@@ -84,11 +85,22 @@ def test_a_room_opens_with_one_sentence_and_imports_nothing(path: Path) -> None:
     assert ast.unparse(sentence).strip("'\"").count("\n") == 0
 
 
+def lines_of_code(source: str) -> int:
+    """Lines that hold code."""
+    documented = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
+    first = [node.body[0] for node in documented if ast.get_docstring(node)]
+    docstrings = {line for node in first for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    lines = enumerate(source.splitlines(), 1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and k not in docstrings for k, line in lines)
+
+
 def test_modules_and_functions_stay_short() -> None:
     sources = {name: path.read_text(encoding="utf-8") for name, path in modules().items()}
     lengths = {name: len(source.splitlines()) for name, source in sources.items()}
     assert {name: length for name, length in lengths.items() if length > LONGEST_MODULE} == {}
-    assert sum(lengths.values()) <= LARGEST_PACKAGE
+    assert sum(map(lines_of_code, sources.values())) <= LARGEST_PACKAGE
     functions = {
         f"{name}.{node.name}": (node.end_lineno or 0) - node.lineno + 1
         for name, source in sources.items()

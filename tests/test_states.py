@@ -1,5 +1,6 @@
 """A padded batch is what each prompt alone gives, computed once, and bad states are named."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,7 +98,7 @@ def test_a_state_that_is_not_finite_names_its_layer_and_prompt(build: Build, cac
     (tokens,) = load(str(build(config))).encode([prompt])
     with pytest.raises(ValueError, match=f"state of layer 0 is not finite for prompt '{prompt}'"):
         collect(load(str(build(config, damage))), [*TEXTS, prompt])
-    assert not list(cache.glob("*.safetensors"))
+    assert not [file for file in cache.iterdir() if file.suffix != ".lock"]
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(tiny_llama_model: LanguageModel) -> None:
@@ -138,4 +139,23 @@ def test_too_little_room_says_how_much_is_needed_before_the_pass(
     monkeypatch.setattr(states, "_read", lambda *_: pytest.fail("the pass has begun"))
     with pytest.raises(error, match=r"1 MiB of (disk|memory) for the states of \d+ tokens are needed, 0 MiB are free"):
         collect(tiny_llama_model, TEXTS)
-    assert not list(cache.glob("*.safetensors"))
+    assert not [file for file in cache.iterdir() if file.suffix != ".lock"]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a flipped bit": lambda stored: stored[:-9] + bytes([stored[-9] ^ 1]) + stored[-8:],
+    "a header of another": lambda stored: b"0" * 64 + stored[64:],
+    "cut short": lambda stored: stored[:-100],
+    "empty": lambda stored: b"",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_cache_is_noticed_and_made_anew(kind: str, tiny_gpt2: LanguageModel, cache: Path) -> None:
+    sound = collect(tiny_gpt2, TEXTS)
+    (stored,) = [file for file in cache.iterdir() if file.suffix != ".lock"]
+    whole = stored.read_bytes()
+    stored.write_bytes(DAMAGE[kind](whole))
+    with pytest.warns(UserWarning, match=f"{stored.name} in the cache is damaged: it is made anew"):
+        assert torch.equal(collect(tiny_gpt2, TEXTS), sound)
+    assert stored.read_bytes() == whole

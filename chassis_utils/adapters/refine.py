@@ -93,17 +93,19 @@ def by_adam(
     used = (start.up != 0).any(1) | (start.shift != 0) | (start.space == "state")
     for factor, mask in ((factors[2], used[:, None]), (factors[3], used)):
         factor.register_hook(lambda gradient, mask=mask: gradient * mask)  # Adam leaves alone what has no gradient
-    edits = start.edit(train.h)[:, used]
-    sizes = [float(part.square().mean().sqrt()) for part in (factors[0].detach(), factors[2].detach()[used], edits)]
-    scale = [sizes[0], 1.0, *sizes[1:]] if relative else [1.0] * 4
-    optimizer = torch.optim.Adam([{"params": [f], "lr": rate * s} for f, s in zip(factors, scale, strict=True)])
+    parts = (factors[0].detach(), factors[2].detach()[used], start.edit(train.h)[:, used])
+    sizes = _sizes(*parts) if relative else [1.0] * len(factors)
+    optimizer = torch.optim.Adam([{"params": [f], "lr": rate * s} for f, s in zip(factors, sizes, strict=True)])
     generator = torch.Generator().manual_seed(seed)
     trail, adapters = [float(train.kl(start, head).mean())], [start]
+    whole = head.to(torch.float32)
+    products = whole.product(train.h)
     for _ in range(passes):
         order = torch.randperm(len(train.h), generator=generator).split(batch)
         losses = []
         for rows in order:
-            loss = kl_loss(train.logits[rows], _logits(factors, start, head, train.h[rows].float()))
+            adapted = _logits(factors, start, whole, train.h[rows].float(), products[rows])
+            loss = kl_loss(train.logits[rows], adapted)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -174,13 +176,21 @@ def _factors(adapter: Adapter) -> list[Tensor]:
     return [q_down @ u, s.clamp_min(floor or 1e-12).log(), q_up @ vt.T, adapter.shift]
 
 
+def _sizes(down: Tensor, up: Tensor, edit: Tensor) -> list[float]:
+    """What relative rates of U, log S, V and the shift are shares of: root mean squares, and one."""
+    first, *others = (float(part.square().mean().sqrt()) for part in (down, up, edit))
+    return [first, 1.0, *others]
+
+
 def _with_factors(adapter: Adapter, factors: list[Tensor]) -> Adapter:
     u, log_s, v, shift = (factor.detach().double() for factor in factors)
     return replace(adapter, down=u * log_s.exp(), up=v, shift=shift)
 
 
-def _logits(factors: list[Tensor], adapter: Adapter, head: Head, h: Tensor) -> Tensor:
+def _logits(factors: list[Tensor], adapter: Adapter, head: Head, h: Tensor, product: Tensor) -> Tensor:
+    """The adapted logits; `product` is what the head makes of `h`, so that a step costs that of the factors."""
     u, log_s, v, shift = factors
-    edit = ((h @ u) * log_s.exp()) @ v.T + shift
-    product = head.product(h + edit) if adapter.space == "state" else head.product(h) + edit
+    code = (h @ u) * log_s.exp()
+    up, constant = (head.weight @ v, head.weight @ shift) if adapter.space == "state" else (v, shift)
+    product = product + code @ up.T + constant
     return head.finish(product if adapter.intercept is None else product + adapter.intercept.to(product.dtype))

@@ -13,17 +13,17 @@ from itertools import accumulate
 import torch
 from filelock import FileLock
 from jaxtyping import Float
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
-from chassis_utils.files import CACHE, write_atomically
+from chassis_utils.files import CACHE, read_checked, write_checked
 from chassis_utils.limits import require_disk, require_memory
 from chassis_utils.lm.forward import batches, encode, pad
 from chassis_utils.lm.model import LanguageModel
 from chassis_utils.text.corpus import content_key
 
-FORMAT = 2  # raised whenever the same inputs give other states
+FORMAT = 3  # raised whenever the same inputs give other states
 
 
 def collect(
@@ -50,10 +50,11 @@ def collect(
         if outside:
             raise ValueError(f"position {outside[0]} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
     made_by = f"{FORMAT} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
-    stored = CACHE / f"states-{content_key(f'{made_by} {ids} {chosen} {layers}')}.safetensors"
+    stored = CACHE / f"states-{content_key(f'{made_by} {ids} {chosen} {layers}')}"
     stored.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(stored.with_suffix(".lock")):
-        if not stored.exists():
+        payload = read_checked(stored)
+        if payload is None:
             count = sum(map(len, chosen))
             size = len(layers) * count * model.width * model.network.dtype.itemsize
             remedy = "use fewer prompts or a smaller model"
@@ -61,8 +62,9 @@ def collect(
             require_disk(size, CACHE, f"the states of {count} tokens")
             read = _read(model, ids, chosen, layers)
             _check_finite(read, layers, [text for text, row in zip(texts, chosen, strict=True) for _ in row])
-            write_atomically(stored, save({"states": read}))
-    return load_file(stored)["states"]
+            payload = save({"states": read})
+            write_checked(stored, payload)
+    return load(payload)["states"]
 
 
 def last_states(

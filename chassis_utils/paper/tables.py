@@ -25,11 +25,12 @@ HEADERS = {  # column -> what a reader sees; other columns only lose their under
     "bits_per_byte_unseen_paragraphs": "bits per byte, unseen paragraphs",
 }
 MISSING = "–"
+FLOOR = 1e-9  # nats: divergences below it are rounding, and shown as below it
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
     """The table as text for readers: headers with units, three significant digits, scientific below 1e-3."""
-    columns = {HEADERS.get(name, name.replace("_", " ")): _texts(frame[name]) for name in map(str, frame)}
+    columns = {HEADERS.get(name, name.replace("_", " ")): _column(name, frame[name]) for name in map(str, frame)}
     return pd.DataFrame(columns, index=frame.index)
 
 
@@ -56,6 +57,13 @@ def _rows(frame: pd.DataFrame) -> list[list[str]]:
     """The header and the rows of the readable table."""
     shown = readable(frame)
     return [list(map(str, shown)), *(list(row) for row in shown.itertuples(index=False))]
+
+
+def _column(name: str, values: pd.Series) -> list[str]:
+    if name not in ("kl", "kl_se") and not name.endswith("_kl"):
+        return _texts(values)
+    below = pd.to_numeric(values, errors="coerce").between(0, FLOOR, inclusive="left")
+    return [f"< {FLOOR:g}" if tiny else text for tiny, text in zip(below, _texts(values), strict=True)]
 
 
 def _texts(values: pd.Series) -> list[str]:

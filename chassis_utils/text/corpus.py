@@ -24,7 +24,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from chassis_utils.files import CACHE, ROOT, write_atomically
+from chassis_utils.files import CACHE, ROOT, read_checked, write_checked
 
 PACKAGES = {  # import name -> licence, as each distribution declares it; the slow ones first
     "transformers": "Apache-2.0",
@@ -88,14 +88,16 @@ def read_documents(part: str) -> list[Document]:
     if part not in PARTS:
         raise ValueError(f"part {part!r} is unknown: use one of {', '.join(PARTS)}")
     recipe = json.dumps([package_versions(), SHORTEST])
-    stored = CACHE / f"corpus-{content_key(recipe)}.json"
+    stored = CACHE / f"corpus-{content_key(recipe)}"
     stored.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(stored.with_suffix(".lock")):  # notebooks start side by side
-        if not stored.exists():
+        payload = read_checked(stored)
+        if payload is None:
             with ThreadPoolExecutor(2) as pool:
                 texts = [text for package in pool.map(_read_apart, PACKAGES) for text in package]
-            write_atomically(stored, json.dumps(list(dict.fromkeys(texts))))
-    documents = map(Document, json.loads(stored.read_text(encoding="utf-8")))
+            payload = json.dumps(list(dict.fromkeys(texts))).encode()
+            write_checked(stored, payload)
+    documents = map(Document, json.loads(payload))
     return [document for document in documents if document.part == part]
 
 
