@@ -1,6 +1,6 @@
 """Sentences of arithmetic and explanation for training, in templates of their own.
 
-None of these templates is one that the paper evaluates on (`chassis_utils.prompts`).
+None of these templates is one that the paper evaluates on (`chassis_utils.text.prompts`).
 Each function draws one short document from the random generator it is given.
 """
 

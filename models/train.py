@@ -5,7 +5,7 @@
     python models/train.py sibling-math        # continues from port-llama
 
 Text: docstrings of the installed packages (training side only, see
-`chassis_utils.corpus`) and sentences from `generated_text.py`. Matrices are trained with
+`chassis_utils.text.corpus`) and sentences from `generated_text.py`. Matrices are trained with
 Muon (Jordan et al. 2024), everything else with AdamW, the rate falling linearly to zero.
 The run stores its state every fifty steps in `build/training/` and, started again,
 goes on from there. Seeds are fixed; bits per byte agree between runs to rounding.

@@ -1,6 +1,6 @@
 """A live model as a port: adapters plugged in by name, used for a whole batch or one per row.
 
-Where the head multiplies a state h by W, a plugged adapter (`adapters.Adapter`) makes it read
+Where the head multiplies a state h by W, a plugged adapter (`Adapter`) makes it read
 h + (h A) B^T + b, or adds (h A) B^T + b and the intercept to W h. Two hooks on the network's output
 embeddings do it, one before and one after; scale, cap, cache, sampling and beams follow as ever.
 The hooks are there only inside `with port.use(...)`: before and after, the network is untouched.

@@ -50,7 +50,7 @@ class Prefixes:
 
     @classmethod
     def of(cls, model: LanguageModel, texts: Sequence[str]) -> "Prefixes":
-        """Read all prefixes; `ValueError` as of `states.encode`, `MemoryError` where keys and values do not fit."""
+        """Read all prefixes; `ValueError` as of `forward.encode`, `MemoryError` where keys and values do not fit."""
         ids = encode(model, texts)
         config = model.network.config.get_text_config()
         shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -241,5 +241,5 @@ def _check_head(model: LanguageModel) -> None:
     if difference > tolerance:
         raise ValueError(
             f"the logits of {model.name!r} are not its head applied to its last state (off by {difference:.1e}): "
-            "its head has a part that chassis_utils.models.Head does not know"
+            "its head has a part that chassis_utils.lm.model.Head does not know"
         )
