@@ -138,6 +138,14 @@ def test_an_interruption_takes_the_patch_off(tiny_llama_model: LanguageModel, mo
     assert all(a is b for a, b in zip(modules, tiny_llama_model.network.modules(), strict=True))
 
 
+def test_prompts_and_their_teachers_are_the_same_to_a_run(tiny_llama_model: LanguageModel) -> None:
+    one, other = averaged(tiny_llama_model), averaged(tiny_llama_model)
+    shared = [Teacher(tiny_llama_model, texts, QUICK.every_token) for texts in (TRAIN, HELD_OUT)]
+    history = calibrate(tiny_llama_model, one, TRAIN, HELD_OUT, QUICK)
+    pd.testing.assert_frame_equal(calibrate(tiny_llama_model, other, *shared, QUICK), history, check_exact=True)
+    assert all(torch.equal(a, b) for a, b in zip(values(one), values(other), strict=True))
+
+
 def test_what_cannot_be_calibrated_says_why(tiny_llama_model: LanguageModel) -> None:
     model = tiny_llama_model
     with pytest.raises(ValueError, match=r"prompt 'Dogs' is both trained on and held out"):
@@ -146,6 +154,8 @@ def test_what_cannot_be_calibrated_says_why(tiny_llama_model: LanguageModel) -> 
         Settings(rate=0.0)
     with pytest.raises(ValueError, match="nothing to calibrate"):
         calibrate(model, replacements(model, [0], BLOCK, "zero"), TRAIN, HELD_OUT)
+    with pytest.raises(ValueError, match="every_token is False here and True of the teacher given"):
+        calibrate(model, averaged(model), Teacher(model, TRAIN, True), HELD_OUT, QUICK)
     with pytest.raises(ValueError, match="the loss is nan after step 1: lower the rate"):
         calibrate(model, averaged(model), TRAIN, HELD_OUT, Settings(3, 3, 1e30, absolute=True))
 

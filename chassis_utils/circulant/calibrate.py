@@ -53,8 +53,8 @@ class Settings:
 def calibrate(
     model: LanguageModel,
     replacements: Mapping[str, nn.Module],
-    train: Sequence[str],
-    held_out: Sequence[str],
+    train: Sequence[str] | Teacher,
+    held_out: Sequence[str] | Teacher,
     settings: Settings | None = None,
 ) -> pd.DataFrame:
     """Train `replacements` in place, and return step, train_kl and held_out_kl (nats per position) at each check.
@@ -70,20 +70,24 @@ def calibrate(
     Batches go round through `train` in its order, so a run is decided by its arguments. The model is unpatched before
     and after; an interruption or an error gives the replacements back as they were.
 
-    Raises `ValueError` for replacements without parameters, prompts that cannot be read or that are both
-    trained on and held out, and a loss that is not finite; `MemoryError` where the teacher's logits do not fit.
+    Prompts may be given with the teacher's logits there, which several runs then share.
+
+    Raises `ValueError` for replacements without parameters, prompts that cannot be read or that are both trained on
+    and held out, a teacher of other positions than `settings` asks for, and a loss that is not finite; `MemoryError`
+    where the teacher's logits do not fit.
     """
     settings = settings or Settings()
-    both = set(train) & set(held_out)
-    if both:
-        raise ValueError(f"prompt {min(both)[:60]!r} is both trained on and held out: remove it from one list")
     run = _Run(replacements, settings)
-    learned, measured = (Teacher(model, prompts, settings.every_token) for prompts in (train, held_out))
+    learned, measured = (_teacher(model, prompts, settings) for prompts in (train, held_out))
+    both = [ids for ids in learned.ids if ids in measured.ids]
+    if both:
+        prompt = model.tokenizer.decode(both[0])[:60]
+        raise ValueError(f"prompt {prompt!r} is both trained on and held out: remove it from one list")
     bar = tqdm(total=settings.steps, desc="calibration", disable=None, leave=False)
     with patch(model.network, replacements), run, bar:
         run.check(measured.mean())
         while not run.finished:
-            batch = [k % len(train) for k in range(run.step * settings.batch, (run.step + 1) * settings.batch)]
+            batch = [k % len(learned.ids) for k in range(run.step * settings.batch, (run.step + 1) * settings.batch)]
             run.descend(learned.loss(batch))
             if run.step % settings.check_every == 0 or run.step == settings.steps:
                 run.check(measured.mean())
@@ -157,6 +161,14 @@ class _Run:
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+
+def _teacher(model: LanguageModel, prompts: Sequence[str] | Teacher, settings: Settings) -> Teacher:
+    if not isinstance(prompts, Teacher):
+        return Teacher(model, prompts, settings.every_token)
+    if prompts.every_token != settings.every_token:
+        raise ValueError(f"every_token is {settings.every_token} here and {prompts.every_token} of the teacher given")
+    return prompts
 
 
 def _rates(own: Mapping[str, nn.Parameter], settings: Settings) -> dict[str, float]:

@@ -86,12 +86,14 @@ def token_logits(
 ) -> Float[Tensor, "positions vocab"]:
     """Next-token logits of each prompt at its last token, or at all its real ones, prompt after prompt.
 
-    The head reads the states of these tokens alone.
+    Of last tokens the head reads the states alone, each still a row of its batch, as hooks on it expect.
     """
     ids, mask = pad(rows, model.device)
     states = model.network.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
-    chosen = mask.bool() if every_token else (torch.arange(len(rows), device=mask.device), mask.sum(1) - 1)
-    return model.head.finish(model.network.get_output_embeddings()(states[chosen]))
+    if not every_token:
+        states = states[torch.arange(len(rows), device=mask.device), mask.sum(1) - 1][:, None]
+    logits = model.head.finish(model.network.get_output_embeddings()(states))
+    return logits[mask.bool()] if every_token else logits[:, 0]
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Head:
         """The product h W^T + b, where an adapter in vocabulary coordinates is added."""
         return torch.nn.functional.linear(h.to(self.weight.dtype), self.weight, self.bias)
 
-    def finish(self, product: Shaped[Tensor, "n vocab"]) -> Shaped[Tensor, "n vocab"]:
+    def finish(self, product: Shaped[Tensor, "*n vocab"]) -> Shaped[Tensor, "*n vocab"]:
         """Scale and cap."""
         z = product * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)

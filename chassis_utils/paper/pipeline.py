@@ -163,24 +163,28 @@ def _same_table(step: Step, name: Path) -> bool:
     if not all(name.with_suffix(suffix).exists() for suffix in TABLE_SUFFIXES):
         return False
     stored = name.with_suffix(".csv")
-    said = [
-        {key: value for key, value in json.loads(path.read_text(encoding="utf-8")).items() if key not in WHICH_RUN}
-        for path in (step.staged(name.with_suffix(".json")), name.with_suffix(".json"))
-    ]
-    return said[0] == said[1] and not table_differences(pd.read_csv(step.staged(stored)), pd.read_csv(stored))
-
-
-def _same_content(step: Step, name: Path) -> bool:
-    stored = name.with_suffix(".json")
-    if not stored.exists():
-        return False
-    contents = [json.loads(path.read_text(encoding="utf-8")).get("content") for path in (step.staged(stored), stored)]
-    return contents[0] == contents[1]
+    return _says_the_same(step, name) and not table_differences(pd.read_csv(step.staged(stored)), pd.read_csv(stored))
 
 
 def _same_picture(step: Step, name: Path) -> bool:
     picture = name.with_suffix(".png")
-    return picture.exists() and picture.read_bytes() == step.staged(picture).read_bytes()
+    same = picture.exists() and picture.read_bytes() == step.staged(picture).read_bytes()
+    return same and _says_the_same(step, name)
+
+
+def _says_the_same(step: Step, name: Path) -> bool:
+    """Whether what stands beside a result is the same but for the run that made it."""
+    ours, theirs = (_provenance(path) for path in (step.staged(name.with_suffix(".json")), name.with_suffix(".json")))
+    return {**ours, **dict.fromkeys(WHICH_RUN)} == {**theirs, **dict.fromkeys(WHICH_RUN)}
+
+
+def _same_content(step: Step, name: Path) -> bool:
+    ours, theirs = (_provenance(path) for path in (step.staged(name.with_suffix(".json")), name.with_suffix(".json")))
+    return ours.get("content") == theirs.get("content") and _says_the_same(step, name)
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _step(root: Path, profile: str, notebook: Notebook, values: dict[str, Any]) -> Step:
