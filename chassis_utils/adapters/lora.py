@@ -82,10 +82,14 @@ def train_lora(
             schedule.step()
             total += loss.item() * len(rows)
         losses.append(total / len(ids))
-    factors = {name: value for name, value in model.network.named_parameters() if "lora_" in name}
-    digest = hashlib.sha256(save({name: value.detach().contiguous() for name, value in factors.items()}))
-    model = replace(model, fingerprint=f"{base.fingerprint}+{digest.hexdigest()[:16]}")  # other weights, other states
+    model = replace(model, fingerprint=f"{base.fingerprint}+{_digest(model)}")  # other weights, other states
     return LoRA(model, sum(p.numel() for p in trained), losses)
+
+
+def _digest(model: LanguageModel) -> str:
+    """16 hex digits of the trained factors."""
+    factors = {name: value for name, value in model.network.named_parameters() if "lora_" in name}
+    return hashlib.sha256(save({name: value.detach().contiguous() for name, value in factors.items()})).hexdigest()[:16]
 
 
 def _batches(ids: list[list[int]], size: int, generator: torch.Generator) -> list[Int[Tensor, "rows"]]:

@@ -89,13 +89,9 @@ def by_adam(
     Tokens that an adapter in vocabulary coordinates leaves alone stay so. `stopped` keeps the pass that `Refined.of`
     finds best on `held_out`; otherwise the last is kept, as the CHASSIS study did.
     """
-    factors = [factor.float().clone().requires_grad_() for factor in _factors(start)]
-    used = (start.up != 0).any(1) | (start.shift != 0) | (start.space == "state")
-    for factor, mask in ((factors[2], used[:, None]), (factors[3], used)):
-        factor.register_hook(lambda gradient, mask=mask: gradient * mask)  # Adam leaves alone what has no gradient
-    parts = (factors[0].detach(), factors[2].detach()[used], start.edit(train.h)[:, used])
-    sizes = _sizes(*parts) if relative else [1.0] * len(factors)
-    optimizer = torch.optim.Adam([{"params": [f], "lr": rate * s} for f, s in zip(factors, sizes, strict=True)])
+    factors, sizes = _prepared(start, train)
+    rates = [rate * size for size in (sizes if relative else [1.0] * len(sizes))]
+    optimizer = torch.optim.Adam([{"params": [factor], "lr": lr} for factor, lr in zip(factors, rates, strict=True)])
     generator = torch.Generator().manual_seed(seed)
     trail, adapters = [float(train.kl(start, head).mean())], [start]
     whole = head.to(torch.float32)
@@ -176,10 +172,15 @@ def _factors(adapter: Adapter) -> list[Tensor]:
     return [q_down @ u, s.clamp_min(floor or 1e-12).log(), q_up @ vt.T, adapter.shift]
 
 
-def _sizes(down: Tensor, up: Tensor, edit: Tensor) -> list[float]:
-    """What relative rates of U, log S, V and the shift are shares of: root mean squares, and one."""
-    first, *others = (float(part.square().mean().sqrt()) for part in (down, up, edit))
-    return [first, 1.0, *others]
+def _prepared(start: Adapter, train: Examples) -> tuple[list[Tensor], list[float]]:
+    """U, log S, V and the shift, to be trained, and what relative rates are shares of: root mean squares, one for S."""
+    factors = [factor.float().clone().requires_grad_() for factor in _factors(start)]
+    used = (start.up != 0).any(1) | (start.shift != 0) | (start.space == "state")
+    for factor, mask in ((factors[2], used[:, None]), (factors[3], used)):
+        factor.register_hook(lambda gradient, mask=mask: gradient * mask)  # Adam leaves alone what has no gradient
+    parts = (factors[0].detach(), factors[2].detach()[used], start.edit(train.h)[:, used])
+    first, *others = (float(part.square().mean().sqrt()) for part in parts)
+    return factors, [first, 1.0, *others]
 
 
 def _with_factors(adapter: Adapter, factors: list[Tensor]) -> Adapter:

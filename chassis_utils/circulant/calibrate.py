@@ -68,9 +68,8 @@ def calibrate(
     [0, 1, 2]
 
     Batches go round through `train` in its order, so a run is decided by its arguments. The model is unpatched before
-    and after; an interruption or an error gives the replacements back as they were.
-
-    Prompts may be given with the teacher's logits there, which several runs then share.
+    and after; an interruption or an error gives the replacements back as they were. Prompts may be given with the
+    teacher's logits there, which several runs then share.
 
     Raises `ValueError` for replacements without parameters, prompts that cannot be read or that are both trained on
     and held out, a teacher of other positions than `settings` asks for, and a loss that is not finite; `MemoryError`
@@ -78,11 +77,7 @@ def calibrate(
     """
     settings = settings or Settings()
     run = _Run(replacements, settings)
-    learned, measured = (_teacher(model, prompts, settings) for prompts in (train, held_out))
-    both = [ids for ids in learned.ids if ids in measured.ids]
-    if both:
-        prompt = model.tokenizer.decode(both[0])[:60]
-        raise ValueError(f"prompt {prompt!r} is both trained on and held out: remove it from one list")
+    learned, measured = _teachers(model, train, held_out, settings)
     bar = tqdm(total=settings.steps, desc="calibration", disable=None, leave=False)
     with patch(model.network, replacements), run, bar:
         run.check(measured.mean())
@@ -169,6 +164,17 @@ def _teacher(model: LanguageModel, prompts: Sequence[str] | Teacher, settings: S
     if prompts.every_token != settings.every_token:
         raise ValueError(f"every_token is {settings.every_token} here and {prompts.every_token} of the teacher given")
     return prompts
+
+
+def _teachers(
+    model: LanguageModel, train: Sequence[str] | Teacher, held_out: Sequence[str] | Teacher, settings: Settings
+) -> tuple[Teacher, Teacher]:
+    learned, measured = (_teacher(model, prompts, settings) for prompts in (train, held_out))
+    both = [ids for ids in learned.ids if ids in measured.ids]
+    if both:
+        prompt = model.tokenizer.decode(both[0])[:60]
+        raise ValueError(f"prompt {prompt!r} is both trained on and held out: remove it from one list")
+    return learned, measured
 
 
 def _rates(own: Mapping[str, nn.Parameter], settings: Settings) -> dict[str, float]:

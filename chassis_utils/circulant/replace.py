@@ -46,12 +46,12 @@ def replacements(
     >>> [path.rpartition(".")[2] for path in replacements(load("models/port-llama"), [0], 8, how="average")]
     ['gate_proj', 'up_proj', 'down_proj']
 
-    `how`: `average` and `aware` (block-circulant), `low_rank` and `low_rank_aware` (with at
-    most as many weights), `zero` (the last projection of each MLP gives nothing). The aware ones are
-    fitted on `prompts`; with `sequential` false, to the inputs of the untouched network.
+    `how`: `average` and `aware` (block-circulant), `low_rank` and `low_rank_aware` (with at most as many weights),
+    `zero` (the last projection of each MLP gives nothing). The aware ones are fitted on `prompts`; with `sequential`
+    false, to the inputs of the untouched network.
 
-    Raises `ValueError` for an unknown `how`, prompts that cannot be read or held out, activations that
-    are not finite, and layers or block sizes that do not fit.
+    Raises `ValueError` for an unknown `how`, prompts that cannot be read or held out, activations that are not finite,
+    and layers or block sizes that do not fit.
     """
     if how not in (*FIXED, *FITTED):
         raise ValueError(f"replacement {how!r} is unknown: use one of {', '.join((*FIXED, *FITTED))}")
@@ -61,9 +61,17 @@ def replacements(
     modules = {path: module for mlp in mlps for path, module in mlp.items()}
     if how in FIXED:
         return {path: _of_weights(as_linear(module), block_size, how) for path, module in modules.items()}
+    return _fitted_in_order(model, layers, block_size, how, prompts, sequential)
+
+
+def _fitted_in_order(
+    model: LanguageModel, layers: Sequence[int], block_size: int, how: str, prompts: Sequence[Prompt], sequential: bool
+) -> dict[str, nn.Module]:
+    """One projection after another, each on what those before it leave (or, not `sequential`, on the untouched)."""
     pairs = [PairedForward(model, fold, min(layers)) for fold in by_fold(prompts)]
     layers_in_place: dict[str, nn.Module] = {}
-    bar = tqdm(total=len(modules), desc=f"{how} layers of {model.name}", disable=None, leave=False)
+    total = sum(len(mlp_projections(model.network, layer)) for layer in set(layers))
+    bar = tqdm(total=total, desc=f"{how} layers of {model.name}", disable=None, leave=False)
     for layer in range(min(layers), max(layers) + 1):
         for path, module in mlp_projections(model.network, layer).items() if layer in layers else ():
             before = dict(layers_in_place) if sequential else {}
