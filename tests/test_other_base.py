@@ -24,6 +24,7 @@ SMALL |= {
     "inner": 344,
     "rounds": 2,
 }
+BASE = {"base": str(STORIES), "fft_base": str(STORIES)}
 SIBLING = {"sibling": str(STORIES.parent / "llama2xs"), "n_train": 800}  # questions enough to hold some out of a third
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROFILE = "test-stories260k"  # results go where a profile's do, so that one notebook finds another's tables
@@ -43,12 +44,10 @@ def results() -> Path:
 def test_a_notebook_runs_on_another_base(path: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHASSIS_RESULTS", str(results))
     notebook = Notebook.read(path)
-    small = SMALL | (SIBLING if "sibling" in notebook.parameters else {})
+    small = SMALL | BASE | (SIBLING if "sibling" in notebook.parameters else {})
     parameters = {name: value for name, value in small.items() if name in notebook.parameters}
     quiet = {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=40"]}
-    papermill.execute_notebook(
-        path, results / path.name, parameters | {"base": str(STORIES), "profile": PROFILE}, **quiet
-    )
+    papermill.execute_notebook(path, results / path.name, parameters | {"profile": PROFILE}, **quiet)
     for name in notebook.names_given_to("save_table", 1):
         table = pd.read_csv(results / "tables" / f"{name}.csv")
         assert len(table)
