@@ -5,6 +5,7 @@ Both check what they are given before any long work, and end with one sentence w
 
 import argparse
 import ast
+import hashlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -59,7 +60,9 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     notebook = Notebook.read(paths[0])
     parameters = _parameters(notebook, arguments)
     notebook.check(parameters, "the command line")
-    executed = BUILD / "interactive" / "notebooks" / notebook.path.name
+    run = hashlib.sha256(repr(sorted(parameters.items())).encode()).hexdigest()[:8]  # other parameters, another file
+    name = f"{notebook.path.stem}-{run}.ipynb" if parameters else notebook.path.name
+    executed = BUILD / "interactive" / "notebooks" / name
     executed.parent.mkdir(parents=True, exist_ok=True)
     execute(notebook.path, executed, parameters)
     print(f"executed notebook: {executed}")
