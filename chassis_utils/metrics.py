@@ -25,8 +25,7 @@ def kl_divergence(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vo
     A few rows at a time: float64 copies of all logits would spend their time on memory.
     """
     rows = max(1, CACHED // expert.shape[1])
-    parts = [_kl(*pair) for pair in zip(expert.split(rows), other.split(rows), strict=True)]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64)
+    return torch.cat([_kl(*pair) for pair in zip(expert.split(rows), other.split(rows), strict=True)])
 
 
 def _kl(expert: Shaped[Tensor, "n vocab"], other: Shaped[Tensor, "n vocab"]) -> Float64[Tensor, "n"]:
