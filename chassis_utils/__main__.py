@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from chassis_utils.files import BUILD, ROOT, locate
-from chassis_utils.paper.notebook import Notebook, PlanError
-from chassis_utils.paper.pipeline import StepFailed, execute, numbered_notebooks
+from chassis_utils.paper.notebook import Notebook, PlanError, numbered_notebooks
+from chassis_utils.paper.pipeline import StepFailed, execute
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

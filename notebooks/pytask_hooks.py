@@ -14,8 +14,8 @@ from filelock import FileLock, Timeout
 from pytask import ExecutionReport, PTask, TaskOutcome, console, hookimpl
 
 from chassis_utils.files import BUILD, ROOT
-from chassis_utils.paper.notebook import PlanError
-from chassis_utils.paper.pipeline import DEFAULT_PROFILE, plan
+from chassis_utils.paper.notebook import DEFAULT_PROFILE, PlanError
+from chassis_utils.paper.pipeline import plan
 
 WORKERS = 2  # notebooks side by side, unless `--n-workers` says otherwise
 INTERRUPTED = 130  # the exit code of what SIGINT ended

@@ -13,7 +13,8 @@ import cloudpickle
 from pytask import PythonNode, task
 
 from chassis_utils.files import ROOT
-from chassis_utils.paper.pipeline import DEFAULT_PROFILE, Step, compile_paper, plan, run_notebook
+from chassis_utils.paper.notebook import DEFAULT_PROFILE
+from chassis_utils.paper.pipeline import Step, compile_paper, plan, run_notebook
 
 # Workers cannot import a task file: pytask names it by its path.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

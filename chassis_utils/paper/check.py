@@ -16,7 +16,8 @@ from nbformat import NotebookNode
 
 from chassis_utils.files import BUILD, ROOT
 from chassis_utils.paper.agreement import table_differences, texts_agree
-from chassis_utils.paper.pipeline import DEFAULT_PROFILE, Step, numbered_notebooks, plan
+from chassis_utils.paper.notebook import DEFAULT_PROFILE, numbered_notebooks
+from chassis_utils.paper.pipeline import Step, plan
 
 IGNORED = "nbval-ignore-output"  # the tag of cells that show measured times
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+DEFAULT_PROFILE = "micro"  # the profile whose results are committed and stand in the paper
+
 
 class PlanError(ValueError):
     """A run cannot start: one sentence with the value, the reason and the remedy."""
@@ -120,6 +122,11 @@ class Notebook:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()[:12]
+
+
+def numbered_notebooks(root: Path) -> list[Path]:
+    """The notebooks of the paper, in order."""
+    return sorted((root / "notebooks").glob("[0-9]*.ipynb"))
 
 
 def parse(source: str, where: str) -> ast.Module:

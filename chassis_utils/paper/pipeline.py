@@ -20,9 +20,8 @@ from typing import Any
 import yaml
 
 from chassis_utils.files import write_atomically
-from chassis_utils.paper.notebook import Notebook, PlanError
+from chassis_utils.paper.notebook import DEFAULT_PROFILE, Notebook, PlanError, numbered_notebooks
 
-DEFAULT_PROFILE = "micro"  # the profile whose results are committed and stand in the paper
 TABLE_SUFFIXES = (".csv", ".tex", ".md", ".json")  # the last one is the provenance
 FIGURE_SUFFIXES = (".pdf", ".png", ".json")
 PAPER_DATE = 1_767_225_600  # 2026-01-01, so that equal content compiles to equal bytes
@@ -82,11 +81,6 @@ def plan(root: Path, profile: str) -> list[Step]:
                     "and which no notebook writes: check the name"
                 )
     return steps
-
-
-def numbered_notebooks(root: Path) -> list[Path]:
-    """The notebooks of the paper, in order."""
-    return sorted((root / "notebooks").glob("[0-9]*.ipynb"))
 
 
 def read_profile(folder: Path, profile: str) -> dict[str, Any]:

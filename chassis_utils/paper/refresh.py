@@ -10,7 +10,7 @@ import nbformat
 
 from chassis_utils.files import BUILD, ROOT, write_atomically
 from chassis_utils.paper.check import code_cells, same_outputs
-from chassis_utils.paper.pipeline import DEFAULT_PROFILE, numbered_notebooks
+from chassis_utils.paper.notebook import DEFAULT_PROFILE, numbered_notebooks
 
 LANGUAGE = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

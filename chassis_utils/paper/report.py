@@ -27,11 +27,10 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 
 from chassis_utils.files import BUILD, ROOT, write_atomically
-from chassis_utils.paper.notebook import Notebook, PlanError
+from chassis_utils.paper.notebook import DEFAULT_PROFILE, Notebook, PlanError, numbered_notebooks
 from chassis_utils.paper.style import theme
 from chassis_utils.paper.tables import EVALUATION_COLUMNS, latex, markdown, readable
 
-COMMITTED = "micro"  # the profile whose results are committed: the notebooks' own parameters
 VERSIONED = ("torch", "transformers", "numpy", "scipy")
 MODEL_PARAMETERS = ("base", "fft_base", "expert", "sibling")
 INTERACTIVE_NAMES = ("In", "Out", "exit", "quit", "open", "get_ipython")  # that IPython puts into every notebook
@@ -107,8 +106,8 @@ def save_figure(figure: Figure, name: str, alt: str) -> Image:
 def read_table(name: str) -> pd.DataFrame:
     """A table that an earlier notebook wrote in the stamped profile, at full precision."""
     profile = _stamped()["profile"]
-    folder = ROOT / "paper" if profile == COMMITTED else BUILD / profile
-    notebooks = map(Notebook.read, sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")))
+    folder = ROOT / "paper" if profile == DEFAULT_PROFILE else BUILD / profile
+    notebooks = map(Notebook.read, numbered_notebooks(ROOT))
     writers = [notebook.path.stem for notebook in notebooks if name in notebook.names_given_to("save_table", 1)]
     remedy = f"run notebook {writers[0]} first" if writers else "no notebook writes it, check the name"
     return _read(folder / "tables" / f"{name}.csv", f"with profile {profile!r}: {remedy}")
@@ -138,8 +137,8 @@ def _settings(notebook: Notebook, namespace: Mapping[str, Any]) -> dict[str, Any
 def _label(notebook: Notebook, settings: Mapping[str, Any]) -> str:
     """The profile of the run; other values than the committed profile's make it a run of its own."""
     changed = {name: value for name, value in settings.items() if value != notebook.defaults[name]}
-    if settings.get("profile", COMMITTED) != COMMITTED or not changed:
-        return settings.get("profile", COMMITTED)
+    if settings.get("profile", DEFAULT_PROFILE) != DEFAULT_PROFILE or not changed:
+        return settings.get("profile", DEFAULT_PROFILE)
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
     return f"own-{digest[:8]}"
 
@@ -164,7 +163,7 @@ def _portable(value: object) -> Any:
 
 def _write(place: str, content: str | bytes) -> None:
     profile = _stamped()["profile"]
-    by_hand = BUILD / ("interactive" if profile == COMMITTED else profile)
+    by_hand = BUILD / ("interactive" if profile == DEFAULT_PROFILE else profile)
     folder = Path(os.environ.get("CHASSIS_RESULTS") or by_hand)
     try:
         write_atomically(folder / place, content)
