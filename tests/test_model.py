@@ -14,6 +14,7 @@ from transformers import (
     Gemma2Config,
     GraniteConfig,
     HyperCLOVAXConfig,
+    OPTConfig,
     PhiConfig,
     PretrainedConfig,
 )
@@ -62,6 +63,13 @@ def test_a_head_with_a_part_that_is_not_known_is_refused(build: Build) -> None:
     folder = build(HyperCLOVAXConfig(**GROUPED, logits_scaling=4.0))  # multiplies where Granite divides
     with pytest.raises(ValueError, match=r"are not its head applied to its last state .* a part that .* does not know"):
         load(str(folder))
+
+
+def test_a_head_narrower_than_the_blocks_is_refused(build: Build) -> None:
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=8, do_layer_norm_before=False, **sizes)
+    with pytest.raises(ValueError, match=r"pass on states of 16 numbers, its head reads 8: use a model of one width"):
+        load(str(build(config)))
 
 
 def test_a_head_in_float64_is_the_exact_one() -> None:

@@ -6,10 +6,12 @@ every row continues at its own end. Cost: one forward pass over the padded token
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
+from contextlib import ExitStack
+from itertools import groupby, takewhile
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from chassis_utils.lm.model import LanguageModel
@@ -36,8 +38,12 @@ def reading_limit(model: LanguageModel) -> int | float:
     return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
-def batches(ids: Sequence[list[int]]) -> Iterator[list[int]]:
-    """Numbers of the prompts of each batch: similar lengths together, within `BATCH_TOKENS` tokens."""
+def batches(ids: Sequence[list[int]], equal: bool = False) -> Iterator[list[int]]:
+    """Numbers of the prompts of each batch: similar or `equal` lengths together, within `BATCH_TOKENS` tokens."""
+    if equal:
+        for similar in batches(ids):
+            yield from (list(group) for _, group in groupby(similar, key=lambda k: len(ids[k])))
+        return
     batch: list[int] = []
     for k in sorted(range(len(ids)), key=lambda k: len(ids[k])):
         if batch and len(ids[k]) * (len(batch) + 1) > BATCH_TOKENS:
@@ -81,6 +87,23 @@ def prefixes(model: LanguageModel, texts: Sequence[str], positions: Sequence[Seq
     ]
 
 
+def layer_states(model: LanguageModel, ids: Int[Tensor, "n t"], **inputs: Any) -> list[Shaped[Tensor, "n t d"]]:
+    """What each block reads, before any hook that edits it, and the state after the final norm: depth + 1 states.
+
+    What transformers lists as hidden states begins one block later in some architectures (Mamba, RWKV).
+    """
+    states: list[Tensor] = []
+
+    def record(block: torch.nn.Module, positional: tuple[Any, ...]) -> None:
+        states.append(positional[0])
+
+    with ExitStack() as hooks:
+        for block in model.blocks:
+            hooks.callback(block.register_forward_pre_hook(record, prepend=True).remove)
+        last = model.body(ids, **inputs).last_hidden_state
+    return [*states, last]
+
+
 def token_logits(
     model: LanguageModel, rows: Sequence[list[int]], every_token: bool
 ) -> Float[Tensor, "positions vocab"]:
@@ -89,7 +112,7 @@ def token_logits(
     Of last tokens the head reads the states alone, each still a row of its batch, as hooks on it expect.
     """
     ids, mask = pad(rows, model.device)
-    states = model.network.base_model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    states = model.body(ids, attention_mask=mask, use_cache=False).last_hidden_state
     if not every_token:
         states = states[torch.arange(len(rows), device=mask.device), mask.sum(1) - 1][:, None]
     logits = model.head.finish(model.network.get_output_embeddings()(states))
@@ -110,7 +133,8 @@ def read_logits(model: LanguageModel, ids: Sequence[list[int]], every_token: boo
 def continuations(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
     """Greedy continuation of each prompt, without it and without what follows an end-of-text token.
 
-    Prompts are padded on the left, so that every row continues at its own end. Raises
+    Prompts are padded on the left, so that every row continues at its own end, and not at all for a model that keeps
+    more of them than keys and values (RWKV reads padding as it reads any token). Raises
     `ValueError` for a prompt without tokens, or one that with `tokens` more exceeds what the model reads.
     """
     ids = encode(model, prompts)
@@ -118,7 +142,7 @@ def continuations(model: LanguageModel, prompts: Sequence[str], tokens: int) -> 
     ends = model.network.generation_config.eos_token_id  # a number, several, or None
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     written = [""] * len(ids)
-    for batch in batches(ids):
+    for batch in batches(ids, equal=not model.keeps_keys):
         padded, mask = pad([ids[k] for k in batch], model.device, left=True)
         grown = model.network.generate(
             padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=min(ends, default=0)

@@ -4,12 +4,15 @@ What an edit does to the next token depends on every block after it. The prompts
 once up to their last token, keys and values kept; then the last token alone runs through
 the blocks, under any edits, which gives what a full pass with the same hooks gives at a
 fraction of its cost. Memory: two numbers per token, block and key-value width.
+
+A model that keeps anything else of what it has read (Mamba, RWKV, hybrids) cannot be set back to a prefix: it
+reads the prompts whole in every pass, those of equal length together, for the same result.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int, Shaped
@@ -20,7 +23,7 @@ from transformers import DynamicCache
 from chassis_utils.limits import require_memory
 from chassis_utils.linalg.moments import Moments
 from chassis_utils.linalg.regression import mean_eigenvalue, ridge, solve_symmetric
-from chassis_utils.lm.forward import batches, encode, pad
+from chassis_utils.lm.forward import batches, encode, layer_states, pad
 from chassis_utils.lm.model import LanguageModel
 
 # What is added to the states of a layer: a function of them, or one row for each prompt.
@@ -31,13 +34,19 @@ DAMPING = 0.1  # of a pulled-back edit, times the mean eigenvalue of its metric
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts of similar length, read up to their last token."""
+    """Prompts of similar length, read up to their last token, or of equal length and not read yet."""
 
     rows: list[int]
-    last: Int[Tensor, "n 1"]
-    places: Int[Tensor, "n 1"]  # of the last tokens, from 0
-    mask: Int[Tensor, "n t"]  # of the prefixes, padded on the left (sliding windows end at the last token), and it
-    cache: DynamicCache
+    unread: Int[Tensor, "n left"]
+    mask: Int[Tensor, "n t"]  # of whole prompts, padded on the left (sliding windows end at the last token)
+    cache: DynamicCache | None  # of the prefixes
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What the body takes beside the tokens that are left to read."""
+        if self.cache is None:
+            return {"attention_mask": self.mask, "use_cache": False}
+        return {"attention_mask": self.mask, "position_ids": _places(self.mask)[:, -1:], "past_key_values": self.cache}
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,14 @@ class Prefixes:
     def of(cls, model: LanguageModel, texts: Sequence[str]) -> "Prefixes":
         """Read all prefixes; `ValueError` as of `forward.encode`, `MemoryError` where keys and values do not fit."""
         ids = encode(model, texts)
-        config = model.network.config.get_text_config()
-        shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        numbers = 2 * model.depth * model.width * sum(map(len, ids)) * shared // config.num_attention_heads
-        what = f"the keys and values of {len(ids)} prompts"
-        require_memory(numbers * model.network.dtype.itemsize, what, "use fewer prompts or a smaller model")
-        bar = tqdm(list(batches(ids)), desc=f"prefixes by {model.name}", disable=None, leave=False)
+        if model.keeps_keys:
+            config = model.network.config.get_text_config()
+            shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            numbers = 2 * model.depth * model.width * sum(map(len, ids)) * shared // config.num_attention_heads
+            what = f"the keys and values of {len(ids)} prompts"
+            require_memory(numbers * model.network.dtype.itemsize, what, "use fewer prompts or a smaller model")
+        planned = list(batches(ids, equal=not model.keeps_keys))
+        bar = tqdm(planned, desc=f"prefixes by {model.name}", disable=None, leave=False)
         return cls(model, len(ids), [_read(model, [ids[k] for k in rows], rows) for rows in bar])
 
     @torch.inference_mode()
@@ -70,44 +81,38 @@ class Prefixes:
         model = self.model
         last_states = torch.empty(model.depth + 1, self.count, model.width, dtype=model.network.dtype)
         for batch in self.read:
-            first: list[Tensor] = []  # transformers records layer 0 only after the edits' hooks
             with ExitStack() as hooks:
                 hooks.callback(_restore, batch)
-                handle = model.blocks[0].register_forward_pre_hook(partial(_record, first))
-                hooks.callback(handle.remove)
                 for layer, edit in (edits or {}).items():
                     hooks.enter_context(_edited(model, layer, edit, batch.rows))
-                output = model.network.base_model(
-                    batch.last,
-                    attention_mask=batch.mask,
-                    position_ids=batch.places,
-                    past_key_values=batch.cache,
-                    output_hidden_states=True,
-                )
-            for layer, states in enumerate([*first, *output.hidden_states[1:]]):
-                last_states[layer, batch.rows] = states[:, 0].cpu()
+                read = layer_states(model, batch.unread, **batch.inputs)
+            for layer, states in enumerate(read):
+                last_states[layer, batch.rows] = states[:, -1].cpu()
         return last_states
-
-
-def _record(states: list[Tensor], block: torch.nn.Module, inputs: tuple) -> None:
-    states.append(inputs[0])
 
 
 def _restore(batch: _Batch) -> None:
     """Cut the cache back to the prefixes, also where an edit failed halfway through the blocks."""
     prefix = batch.mask.shape[1] - 1
-    for layer in batch.cache.layers:
+    for layer in batch.cache.layers if batch.cache else ():
         layer.crop(min(0, prefix - layer.get_seq_length()))
 
 
 @torch.inference_mode()
 def _read(model: LanguageModel, ids: list[list[int]], rows: list[int]) -> _Batch:
     padded, mask = pad(ids, model.device, left=True)
-    places, cache = (mask.cumsum(1) - 1).clamp_min(0), DynamicCache()
+    if not model.keeps_keys:
+        return _Batch(rows, padded, mask, cache=None)
+    cache = DynamicCache()
     if padded.shape[1] > 1:
-        prefix = {"attention_mask": mask[:, :-1], "position_ids": places[:, :-1]}
-        model.network.base_model(padded[:, :-1], **prefix, past_key_values=cache)
-    return _Batch(rows, padded[:, -1:], places[:, -1:], mask, cache)
+        prefix = {"attention_mask": mask[:, :-1], "position_ids": _places(mask)[:, :-1]}
+        model.body(padded[:, :-1], **prefix, past_key_values=cache)
+    return _Batch(rows, padded[:, -1:], mask, cache)
+
+
+def _places(mask: Int[Tensor, "n t"]) -> Int[Tensor, "n t"]:
+    """The position of each token, from 0 at the first real one."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
 
 
 def response(prefixes: Prefixes, layer: int, seed: int = 0) -> Float64[Tensor, "d d"]:

@@ -6,6 +6,7 @@ tokenizer classes rebuild some of them with other rules for leading spaces.
 """
 
 import hashlib
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Float, Int, Shaped
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from chassis_utils.files import locate
@@ -99,19 +101,34 @@ class LanguageModel:
     @property
     def depth(self) -> int:
         """Number of blocks; states are numbered 0 (embeddings) to `depth` (after the final norm)."""
-        return self.network.config.num_hidden_layers
+        return self.network.config.get_text_config().num_hidden_layers
 
     @property
     def blocks(self) -> torch.nn.ModuleList:
         """The transformer blocks; block l reads the states of layer l."""
-        children = self.network.base_model.children()
-        return next(m for m in children if isinstance(m, torch.nn.ModuleList) and len(m) == self.depth)
+        return self.network.get_submodule(blocks_path(self.network))
+
+    @property
+    def body(self) -> torch.nn.Module:
+        """The network without its head: token ids to the state after the final norm."""
+        return self.network.get_submodule(blocks_path(self.network).partition(".")[0])
 
     @property
     def final_norm(self) -> torch.nn.Module:
-        """The norm between the last block and the head: the one child of the base that holds only vectors."""
-        children = self.network.base_model.children()
-        return [m for m in children if (own := [*m.parameters()]) and all(p.ndim == 1 for p in own)][-1]
+        """The norm between the last block and the head, beside the blocks; the identity where there is none (GPT-1)."""
+        beside = self.network.get_submodule(blocks_path(self.network).rpartition(".")[0]).children()
+        norms = [module for module in beside if "norm" in type(module).__name__.lower()]
+        return norms[-1] if norms else torch.nn.Identity()
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether all that the blocks keep of what they have read is keys and values, and the body takes them back.
+
+        A recurrent state (Mamba, RWKV, hybrids) cannot be cut back to an earlier token, and padding may run into it.
+        """
+        kept = DynamicCache(config=self.network.config).layers
+        plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in kept)
+        return plain and "past_key_values" in inspect.signature(self.body.forward).parameters
 
     @cached_property
     def parameters(self) -> int:
@@ -151,7 +168,8 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = Non
     256
 
     Raises `ValueError` for a name that is neither, a checkpoint without safetensors or
-    without a tokenizer.json, and a head that does not reproduce the model's own logits;
+    without a tokenizer.json, a head that does not reproduce the model's own logits, and
+    one that reads states of another width than the blocks';
     `MemoryError` where the weights do not fit.
     """
     folder = find_folder(name)
@@ -169,6 +187,20 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = Non
     model = LanguageModel(name, fingerprint(folder), network, tokenizer, _head(network))
     _check_head(model)
     return model
+
+
+def blocks_path(network: PreTrainedModel) -> str:
+    """Where in the network its blocks are: the first list of as many modules as it has layers.
+
+    Raises `ValueError` where there is none.
+    """
+    depth = network.config.get_text_config().num_hidden_layers
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return name
+    raise ValueError(
+        f"a {type(network).__name__} holds no list of its {depth} blocks: use a model whose blocks are in one list"
+    )
 
 
 def default_device() -> str:
@@ -235,6 +267,12 @@ def _check_head(model: LanguageModel) -> None:
     ids: Int[Tensor, "1 t"] = torch.tensor(model.encode([PROBE]), device=model.device)
     output = model.network(ids, output_hidden_states=True, use_cache=False)
     logits: Float[Tensor, "t vocab"] = output.logits[0].float().cpu()
+    inner = output.hidden_states[0].shape[-1]
+    if inner != model.width:  # OPT-350m
+        raise ValueError(
+            f"the blocks of {model.name!r} pass on states of {inner} numbers, its head reads {model.width}: "
+            "use a model of one width"
+        )
     rebuilt = model.head(output.hidden_states[-1][0].cpu()).float()
     difference = float((rebuilt - logits).abs().max() / logits.abs().max())
     tolerance = max(HEAD_TOLERANCE, 4 * torch.finfo(model.head.weight.dtype).eps)

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from chassis_utils.files import CACHE, read_checked, write_checked
 from chassis_utils.limits import require_disk, require_memory
-from chassis_utils.lm.forward import batches, encode, pad
+from chassis_utils.lm.forward import batches, encode, layer_states, pad
 from chassis_utils.lm.model import LanguageModel
 from chassis_utils.text.corpus import content_key
 
-FORMAT = 3  # raised whenever the same inputs give other states
+FORMAT = 4  # raised whenever the same inputs give other states
 
 
 def collect(
@@ -88,12 +88,12 @@ def _read(
     with tqdm(total=len(ids), desc=f"states of {model.name}", disable=None, leave=False) as bar:
         for batch in batches(ids):
             padded, mask = pad([ids[k] for k in batch], model.device)
-            output = model.network.base_model(padded, attention_mask=mask, output_hidden_states=True, use_cache=False)
+            states = layer_states(model, padded, attention_mask=mask, use_cache=False)
             rows = torch.tensor([row for row, k in enumerate(batch) for _ in chosen[k]], dtype=torch.long)
             places = torch.tensor([place for k in batch for place in chosen[k]], dtype=torch.long)
             targets = [starts[k] + j for k in batch for j in range(len(chosen[k]))]
             for number, layer in enumerate(layers):
-                read[number, targets] = output.hidden_states[layer][rows, places].cpu()
+                read[number, targets] = states[layer][rows, places].cpu()
             bar.update(len(batch))
     return read
 
