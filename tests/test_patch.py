@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import VOCABULARY, Build
 from torch import Tensor, nn
-from transformers import GPTNeoXConfig, OPTConfig
+from transformers import GPTNeoXConfig, MambaConfig, OPTConfig
 
 from chassis_utils.circulant.layer import BlockCirculantLinear
 from chassis_utils.circulant.low_rank import LowRankLinear
@@ -153,7 +153,12 @@ def test_layers_that_are_not_there_are_refused(tiny_llama_model: LanguageModel, 
     for layer in (-1, 2):
         with pytest.raises(ValueError, match=f"there is no layer {layer}: this network has layers 0 to 1"):
             mlp_projections(tiny_llama_model.network, layer)
-    opt = load(str(build(OPTConfig(vocab_size=VOCABULARY, hidden_size=16, ffn_dim=32, num_hidden_layers=2,
-                                   num_attention_heads=2, word_embed_proj_dim=16))))  # fmt: skip
-    with pytest.raises(ValueError, match=r"no linear layer below 'model.decoder.layers.1.mlp' of a OPTForCausalLM"):
-        mlp_projections(opt.network, 1)
+    mamba = load(str(build(MambaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4))))
+    with pytest.raises(ValueError, match=r"'backbone.layers.1' of a MambaForCausalLM has no MLP of linear layers"):
+        mlp_projections(mamba.network, 1)
+
+
+def test_projections_that_a_block_holds_itself_are_found(build: Build) -> None:
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    opt = load(str(build(OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=16, **sizes))))
+    assert list(mlp_projections(opt.network, 1)) == ["model.decoder.layers.1.fc1", "model.decoder.layers.1.fc2"]

@@ -84,7 +84,8 @@ class PairedForward:
             batch.as_it_is = batch.as_it_is or self._through(batch, batch.untouched)
             if batch.as_replaced is None or not batch.as_replaced.holds(path, inside):
                 batch.as_replaced = self._through(batch, batch.replaced, before, inside)
-            x, y = batch.as_replaced.inputs[path], batch.as_it_is.outputs[path]
+            seen = batch.as_replaced.inputs[path], batch.as_it_is.outputs[path]
+            x, y = (tensor.reshape(*batch.real.shape, -1) for tensor in seen)  # OPT flattens the batch
             bad = (batch.real & ~(torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1))).nonzero()
             if len(bad):
                 prompt = batch.prompts[int(bad[0, 0])][:60]
@@ -135,11 +136,11 @@ class PairedForward:
         outputs: dict[str, Tensor] = {}
 
         def note(path: str, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[path], outputs[path] = given[0], output
+            inputs[path], outputs[path] = given[0], output.clone()  # Falcon adds to the last one in place
 
         with ExitStack() as stack:
             stack.enter_context(patch(self.model.network, before or {}))
             for path, module in mlp_projections(self.model.network, self.layer).items():
                 stack.callback(module.register_forward_hook(partial(note, path)).remove)
             output = self.model.blocks[self.layer](states, *batch.others, **batch.named)
-        return _Run(inside, output[0] if isinstance(output, tuple) else output, inputs, outputs)
+        return _Run(inside, output[0] if isinstance(output, tuple | list) else output, inputs, outputs)

@@ -14,8 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from chassis_utils.circulant.layer import BlockCirculantLinear
 from chassis_utils.circulant.low_rank import LowRankLinear
+from chassis_utils.lm.model import blocks_path
 
 LINEAR = (nn.Linear, Conv1D, BlockCirculantLinear, LowRankLinear)
+MLP = ("mlp", "feed_forward", "ffn")  # its usual names in a block; OPT's block holds the two layers itself
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
@@ -37,24 +39,38 @@ def as_linear(module: nn.Module) -> nn.Linear:
 def mlp_projections(network: PreTrainedModel, layer: int) -> dict[str, nn.Module]:
     """Path -> module of the linear layers in the MLP of one block, patched or not, in the order of the block.
 
-    Raises `ValueError` for a layer that the network does not have, and for blocks without `mlp`.
+    Raises `ValueError` for a layer that the network does not have, and for blocks without an MLP or with one that is
+    not made of linear layers alone, as a mixture of experts.
     """
-    depth = network.config.get_text_config().num_hidden_layers
-    if not 0 <= layer < depth:
-        raise ValueError(f"there is no layer {layer}: this network has layers 0 to {depth - 1}")
-    stacks = (name for name, module in network.named_modules() if isinstance(module, nn.ModuleList))
-    blocks = next((name for name in stacks if len(network.get_submodule(name)) == depth), "")
-    prefix = f"{blocks}.{layer}.mlp."
-    projections = {
-        name: module
-        for name, module in network.named_modules()
-        if name.startswith(prefix) and isinstance(module, LINEAR)
-    }
+    path = blocks_path(network)
+    blocks = network.get_submodule(path)
+    if not 0 <= layer < len(blocks):
+        raise ValueError(f"there is no layer {layer}: this network has layers 0 to {len(blocks) - 1}")
+    block, prefix = blocks[layer], f"{path}.{layer}"
+    name = next((name for name in MLP if hasattr(block, name)), None)
+    if name is None:
+        below = list(block.named_children())
+    else:
+        prefix = f"{prefix}.{name}"
+        below = list(block.get_submodule(name).named_modules())
+        _check_dense(network, prefix)
+    projections = {f"{prefix}.{own}": module for own, module in below if isinstance(module, LINEAR)}
     if not projections:
         raise ValueError(
-            f"no linear layer below {prefix[:-1]!r} of a {type(network).__name__}: name the paths yourself"
+            f"{prefix!r} of a {type(network).__name__} has no MLP of linear layers: name the paths yourself"
         )
     return projections
+
+
+def _check_dense(network: PreTrainedModel, path: str) -> None:
+    """Experts are matrices in a stack or MLPs in a list, and each sees but the tokens that are routed to it."""
+    for module in network.get_submodule(path).modules():
+        matrices = [p for p in module.parameters(recurse=False) if p.ndim > 1 and min(p.shape) > 1]
+        if isinstance(module, nn.ModuleList) or (matrices and not isinstance(module, LINEAR)):
+            raise ValueError(
+                f"{path!r} of a {type(network).__name__} is a mixture of experts, each of which sees only some tokens: "
+                "replace layers of a dense model, or name the paths of linear layers yourself"
+            )
 
 
 class Patch:
