@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, inject_adapter_in_model
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -38,11 +39,24 @@ class LoRA:
 
 
 def equal_rank(model: LanguageModel, parameters: int) -> int:
-    """The least rank at which LoRA has at least so many parameters."""
-    sizes = [m.in_features + m.out_features for n, m in model.network.named_modules() if n.endswith(TARGETS)]
-    if not sizes:
-        raise ValueError(f"{model.name!r} has no layers named {' or '.join(TARGETS)}: name its attention projections")
+    """The least rank at which LoRA has at least so many parameters; `ValueError` as of `train_lora`."""
+    names = _targets(model)
+    modules = dict(model.network.named_modules())
+    sizes = [sum(module.weight.shape) for path, module in modules.items() if path.rpartition(".")[2] in names]
     return math.ceil(parameters / sum(sizes))
+
+
+def _targets(model: LanguageModel) -> list[str]:
+    """The names of the layers to adapt: `TARGETS`, or where queries and values share a layer, what peft adapts."""
+    names = {path.rpartition(".")[2] for path, _ in model.network.named_modules()}
+    kind = model.network.config.model_type
+    for targets in (TARGETS, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ())):
+        if targets and names.issuperset(targets):
+            return list(targets)
+    raise ValueError(
+        f"a {type(model.network).__name__} has no layers named {' and '.join(TARGETS)}, and peft knows no others of a "
+        f"{kind!r}: train it with peft itself, which takes `target_modules`"
+    )
 
 
 def train_lora(
@@ -58,11 +72,12 @@ def train_lora(
 ) -> LoRA:
     """LoRA of `rank` fitted to the expert's logits on `prompts`; the base is left as it was.
 
-    The rate falls linearly to zero. Raises `ValueError` for prompts that cannot be read.
+    The rate falls linearly to zero. Raises `ValueError` for prompts that cannot be read and a base whose attention
+    projections are not known.
     """
     ids = encode(base, prompts)
     torch.manual_seed(seed)  # peft draws the factors
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_targets(base))
     model = replace(base, network=inject_adapter_in_model(config, copy.deepcopy(base.network)))
     for name, parameter in model.network.named_parameters():
         parameter.requires_grad_("lora_" in name)
