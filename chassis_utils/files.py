@@ -10,8 +10,10 @@ import hashlib
 import os
 import tempfile
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from filelock import FileLock
 from platformdirs import user_cache_path
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository, where the package runs from one
@@ -34,31 +36,70 @@ def locate(name: str | Path) -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:
-    """Write `content` (text as UTF-8) to `path` in one move; folders are made as needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    path.chmod(0o644)
+    """Write `content` (text as UTF-8) to `path` in one move; folders are made, errors raised as by `write_together`."""
+    write_together({path: content})
     return path
 
 
-def write_checked(path: Path, payload: bytes) -> None:
-    """Write `payload` behind its SHA-256, for `read_checked`."""
-    write_atomically(path, hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload)
+def write_together(files: Mapping[Path, str | bytes], remedy: str = "make room, or name another folder") -> None:
+    """Write files that belong together (text as UTF-8); folders are made as needed.
+
+    All of them are written beside their places before the first is moved, so a full disk leaves every former file.
+    Raises `OSError`, one sentence with `remedy`, where a file cannot be written.
+    """
+    written: dict[Path, str] = {}
+    path = Path()
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, written[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            os.chmod(written[path], 0o644)
+        for path in files:
+            os.replace(written[path], path)
+    except OSError as error:
+        raise OSError(
+            f"{path.parent.name}/{path.name} could not be written ({error.strerror or error}): {remedy}; "
+            "the former file is unchanged"
+        ) from error
+    finally:
+        for name in written.values():
+            Path(name).unlink(missing_ok=True)
 
 
-def read_checked(path: Path) -> bytes | None:
-    """What `write_checked` wrote; None where there is no such file, or it has been damaged, which is said."""
+def cached(path: Path, make: Callable[[], bytes]) -> bytes:
+    """What `make` gives, stored at `path` the first time; who asks at the same time waits for it.
+
+    Raises `OSError`, one sentence, where the cache cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.acquire()
+    except OSError as error:
+        raise OSError(
+            f"the cache {str(path.parent)!r} cannot be written ({error.strerror}): make it a folder that can be"
+        ) from error
+    try:
+        payload = _read_checked(path)
+        if payload is None:
+            payload = make()
+            write_together(
+                {path: hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload},
+                f"make room where {str(path.parent)!r} lies, or make it a folder that can be written",
+            )
+        return payload
+    finally:
+        lock.release()
+
+
+def _read_checked(path: Path) -> bytes | None:
+    """What `cached` stored; None where there is no such file, or it has been damaged, which is said."""
     if not path.is_file():
         return None
     digest, _, payload = path.read_bytes().partition(b"\n")
     if hashlib.sha256(payload).hexdigest().encode() == digest:
         return payload
-    warnings.warn(f"{path.name} in the cache is damaged: it is made anew", stacklevel=2)
+    warnings.warn(f"{path.name} in the cache is damaged: it is made anew", stacklevel=3)
     return None

@@ -15,7 +15,7 @@ from pytask import ExecutionReport, PTask, TaskOutcome, console, hookimpl
 
 from chassis_utils.files import BUILD, ROOT
 from chassis_utils.paper.notebook import DEFAULT_PROFILE, PlanError
-from chassis_utils.paper.pipeline import plan
+from chassis_utils.paper.pipeline import finish_moves, plan
 
 WORKERS = 2  # notebooks side by side, unless `--n-workers` says otherwise
 INTERRUPTED = 130  # the exit code of what SIGINT ended
@@ -39,6 +39,10 @@ def pytask_parse_config(config: dict[str, Any]) -> None:
         config["n_workers"] = 1  # side by side, pytask-parallel would run what is only to be explained
     if config["command"] == "build" and not (config["explain"] or config["dry_run"]):
         _hold_the_checkout()
+        try:
+            finish_moves(ROOT)
+        except OSError as error:
+            raise SystemExit(f"error: {error}") from None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _end)
 

@@ -33,7 +33,7 @@ def save_table(value, name):
 def read_table(name):
     return (Path(__file__).parent.parent / "paper" / "tables" / f"{name}.csv").read_text()
 """
-PAPER = ("__init__", "agreement", "notebook", "pipeline")  # what running notebooks takes
+PAPER = ("__init__", "agreement", "checksums", "notebook", "pipeline")  # what running notebooks takes
 MODULES = {"report": REPORT, "near": "from chassis_utils import far", "far": "VALUE = 1", "other": "VALUE = 1"}
 FIRST = ["from chassis_utils import near, report", 'report.save_table(near.far.VALUE, "first")']
 SECOND = [

@@ -17,7 +17,7 @@ from jaxtyping import Float, Float64, Shaped
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from chassis_utils.files import write_atomically
+from chassis_utils.files import write_together
 from chassis_utils.linalg.regression import RankPath
 from chassis_utils.lm.model import Head
 from chassis_utils.metrics import standard_error
@@ -134,7 +134,10 @@ class Adapter:
         return head.finish(product)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `adapter_config.json` and `adapter.safetensors`, factors in float32."""
+        """Write `adapter_config.json` and `adapter.safetensors`, factors in float32.
+
+        Raises `OSError`, and leaves an adapter that was saved there before, where the folder cannot be written.
+        """
         folder = Path(folder)
         tensors = {"down": self.down, "up": self.up, "shift": self.shift, "intercept": self.intercept}
         stored = {name: tensor.float().contiguous() for name, tensor in tensors.items() if tensor is not None}
@@ -145,8 +148,7 @@ class Adapter:
             "head": self.head_fingerprint,
         }
         config |= {"held_out": asdict(self.held_out)} if self.held_out else {}
-        write_atomically(folder / WEIGHTS, save(stored))
-        write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_together({folder / WEIGHTS: save(stored), folder / CONFIG: json.dumps(config, indent=2) + "\n"})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, head: Head) -> "Adapter":

@@ -11,13 +11,12 @@ from importlib.metadata import version
 from itertools import accumulate
 
 import torch
-from filelock import FileLock
 from jaxtyping import Float
 from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
-from chassis_utils.files import CACHE, read_checked, write_checked
+from chassis_utils.files import CACHE, cached
 from chassis_utils.limits import require_disk, require_memory
 from chassis_utils.lm.forward import batches, encode, layer_states, pad
 from chassis_utils.lm.model import LanguageModel
@@ -51,20 +50,18 @@ def collect(
             raise ValueError(f"position {outside[0]} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
     made_by = f"{FORMAT} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
     stored = CACHE / f"states-{content_key(f'{made_by} {ids} {chosen} {layers}')}"
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(stored.with_suffix(".lock")):
-        payload = read_checked(stored)
-        if payload is None:
-            count = sum(map(len, chosen))
-            size = len(layers) * count * model.width * model.network.dtype.itemsize
-            remedy = "use fewer prompts or a smaller model"
-            require_memory(2 * size, f"the states of {count} tokens", remedy)  # once more while they are written
-            require_disk(size, CACHE, f"the states of {count} tokens")
-            read = _read(model, ids, chosen, layers)
-            _check_finite(read, layers, [text for text, row in zip(texts, chosen, strict=True) for _ in row])
-            payload = save({"states": read})
-            write_checked(stored, payload)
-    return load(payload)["states"]
+
+    def read_all() -> bytes:
+        count = sum(map(len, chosen))
+        size = len(layers) * count * model.width * model.network.dtype.itemsize
+        remedy = "use fewer prompts or a smaller model"
+        require_memory(2 * size, f"the states of {count} tokens", remedy)  # once more while they are written
+        require_disk(size, CACHE, f"the states of {count} tokens")
+        read = _read(model, ids, chosen, layers)
+        _check_finite(read, layers, [text for text, row in zip(texts, chosen, strict=True) for _ in row])
+        return save({"states": read})
+
+    return load(cached(stored, read_all))["states"]
 
 
 def last_states(

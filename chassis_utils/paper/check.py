@@ -1,8 +1,9 @@
 """`make check`: what the last run of the notebooks says, against what is committed, table by table.
 
 Each table is the same, within the tolerance of `paper.agreement`, or its first row that moved is shown; the printed
-outputs of the notebooks are compared by the rule that nbval follows, without running them once more. Exits with an
-error where anything disagrees.
+outputs of the notebooks are compared by the rule that nbval follows, without running them once more. What is committed
+is compared with the list of its checksums, and with itself (`paper.consistency`). Exits with an error where anything
+disagrees.
 """
 
 import subprocess
@@ -15,21 +16,26 @@ import pandas as pd
 from nbformat import NotebookNode
 
 from chassis_utils.files import BUILD, ROOT
+from chassis_utils.paper import checksums
 from chassis_utils.paper.agreement import table_differences, texts_agree
+from chassis_utils.paper.consistency import disagreements
 from chassis_utils.paper.notebook import DEFAULT_PROFILE, numbered_notebooks
-from chassis_utils.paper.pipeline import Step, plan
+from chassis_utils.paper.pipeline import Step, finish_moves, plan
 
 IGNORED = "nbval-ignore-output"  # the tag of cells that show measured times
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
 
 
 def main() -> None:
-    """Compare all that the last run made."""
+    """Compare all that the last run made, and what is committed with itself."""
+    finish_moves(ROOT)
     lines = [line for step in plan(ROOT, DEFAULT_PROFILE) for line in _tables(step)]
     executed = BUILD / DEFAULT_PROFILE / "notebooks"
     for path in numbered_notebooks(ROOT):
         differences = output_differences(executed / path.name, path)
         lines += [(path.name, "outputs " + ("moved: " + "; ".join(differences) if differences else "agree"))]
+    lines += [(name, "moved: it is not what a run has put in place") for name in checksums.altered(ROOT)]
+    lines += [("committed results", f"moved: {line}") for line in disagreements(ROOT)]
     for name, verdict in lines:
         print(f"{name:<34}{verdict}")
     moved = sum("moved" in verdict for _, verdict in lines)

@@ -5,8 +5,9 @@ notebooks and the checkpoints that it reads. A profile (`notebooks/profiles/*.ya
 Whatever is wrong is one sentence, said before anything runs.
 
 A step runs in a folder of its own; its results are moved into place when all of the notebook has succeeded, and only
-those that say something else than the stored ones do: regenerating what has not changed leaves no difference. Cost of
-a plan: milliseconds per notebook. Nothing heavy is imported before a step is executed.
+those that say something else than the stored ones do: regenerating what has not changed leaves no difference. A list of
+what is to be moved is written first, so that a move that was interrupted is ended before anyone reads
+(`finish_moves`). Cost of a plan: milliseconds per notebook. Nothing heavy is imported before a step is executed.
 """
 
 import json
@@ -18,12 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
-from chassis_utils.files import write_atomically
+from chassis_utils.files import write_atomically, write_together
+from chassis_utils.paper import checksums
 from chassis_utils.paper.notebook import DEFAULT_PROFILE, Notebook, PlanError, numbered_notebooks
 
 TABLE_SUFFIXES = (".csv", ".tex", ".md", ".json")  # the last one is the provenance
 FIGURE_SUFFIXES = (".pdf", ".png", ".json")
+MOVING = ".moving"  # the ending of a list of what is to be moved, beside the staging folder
 PAPER_DATE = 1_767_225_600  # 2026-01-01, so that equal content compiles to equal bytes
 WHICH_RUN = ("content", "versions")  # of the provenance: who made a result, not what it says
 
@@ -42,6 +46,11 @@ class Step:
     reads: list[Path]  # modules, checkpoints, tables
     writes: list[Path]  # tables and figures, the executed notebook last
     staging: Path  # where they are written; what says something new is copied into place once all has succeeded
+
+    @property
+    def root(self) -> Path:
+        """The repository."""
+        return self.notebook.parent.parent
 
     def staged(self, product: Path) -> Path:
         """Where the notebook itself writes `product`."""
@@ -98,8 +107,10 @@ def read_profile(folder: Path, profile: str) -> dict[str, Any]:
 def run_notebook(step: Step) -> None:
     """Execute the notebook in its staging folder, then copy what says something new into place.
 
-    Raises `StepFailed` and leaves the earlier results as they were when a cell fails or a declared result is missing.
+    Raises `StepFailed` and leaves the earlier results as they were when a cell fails or a declared result is missing,
+    `OSError` when the results do not fit on the disk.
     """
+    finish_moves(step.root)
     shutil.rmtree(step.staging, ignore_errors=True)
     executed = step.staged(step.writes[-1])
     executed.parent.mkdir(parents=True)
@@ -108,8 +119,30 @@ def run_notebook(step: Step) -> None:
     missing = [product.name for product in step.writes if not step.staged(product).exists()]
     if missing:
         raise StepFailed(f"the notebook ended without writing {', '.join(missing)}")
-    for product in [*_new_results(step), step.writes[-1]]:
-        write_atomically(product, step.staged(product).read_bytes())  # what was staged stays, for `paper.check`
+    products = [*_new_results(step), step.writes[-1]]
+    places = {str(path.relative_to(step.root)): str(step.staged(path).relative_to(step.root)) for path in products}
+    write_atomically(step.staging.with_suffix(MOVING), json.dumps(places))
+    finish_moves(step.root)
+
+
+def finish_moves(root: Path) -> None:
+    """Copy into place what finished notebooks have listed; what a kill has interrupted is done again.
+
+    Raises `OSError`, and leaves the earlier results, where there is no room; the next start tries again.
+    """
+    pattern = f"build/*/staging/*{MOVING}"
+    if not any(root.glob(pattern)):
+        return
+    with FileLock(root / "build" / "move.lock"):
+        for moving in sorted(root.glob(pattern)):
+            places = {root / to: root / source for to, source in json.loads(moving.read_text(encoding="utf-8")).items()}
+            for place in (*places, root / checksums.LIST):
+                for left in place.parent.glob(f".{place.name}-*"):  # half written when a kill came
+                    left.unlink()
+            # what was staged stays, for `paper.check`
+            write_together({to: source.read_bytes() for to, source in places.items()}, "make room and run again")
+            checksums.record(root, places)
+            moving.unlink()
 
 
 def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
@@ -132,20 +165,24 @@ def compile_paper(root: Path) -> None:
     source = root / "paper" / "paper.typ"
     pdf = typst.compile(source, root=root, ignore_system_fonts=True, timestamp=PAPER_DATE)
     write_atomically(source.with_suffix(".pdf"), pdf)
+    checksums.record(root, [path for pattern in checksums.PAPER for path in root.glob(pattern)])
 
 
 def _new_results(step: Step) -> list[Path]:
     """The tables that say something else than the stored ones, and the figures where a table or the code is new.
 
     A figure shows the numbers of its notebook's tables: from the same content, with tables that agree, it is the same.
+    What was edited by hand (`paper.checksums`) is made new.
     """
+    altered = {(step.root / name).with_suffix("") for name in checksums.altered(step.root)}
     results: dict[Path, list[Path]] = {}
     for product in step.writes[:-1]:
         results.setdefault(product.with_suffix(""), []).append(product)
     tables = {name for name, files in results.items() if name.with_suffix(".csv") in files}
-    new = {name for name in tables if not _same_table(step, name)}
+    new = {name for name in tables if name in altered or not _same_table(step, name)}
     same_run = all(_same_content(step, name) for name in results) and not new
-    figures = {} if same_run else {name for name in results if name not in tables and not _same_picture(step, name)}
+    figures = set() if same_run else {name for name in results.keys() - tables if not _same_picture(step, name)}
+    figures |= (results.keys() - tables) & altered
     return [product for name in results if name in new or name in figures for product in results[name]]
 
 

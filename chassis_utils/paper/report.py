@@ -26,10 +26,10 @@ from IPython.core.getipython import get_ipython
 from IPython.display import Image
 from matplotlib.figure import Figure
 
-from chassis_utils.files import BUILD, ROOT, write_atomically
+from chassis_utils.files import BUILD, ROOT, write_together
+from chassis_utils.paper import tables
 from chassis_utils.paper.notebook import DEFAULT_PROFILE, Notebook, PlanError, numbered_notebooks
 from chassis_utils.paper.style import theme
-from chassis_utils.paper.tables import EVALUATION_COLUMNS, latex, markdown, readable
 
 VERSIONED = ("torch", "transformers", "numpy", "scipy")
 MODEL_PARAMETERS = ("base", "fft_base", "expert", "sibling")
@@ -78,15 +78,13 @@ def save_table(frame: pd.DataFrame, name: str) -> pd.DataFrame:
     results = frame.drop(columns="profile", errors="ignore")
     whole = results.copy()
     whole.insert(0, "profile", source["profile"])
-    lacking = [column for column in EVALUATION_COLUMNS if column not in whole]
+    lacking = [column for column in tables.EVALUATION_COLUMNS if column not in whole]
     if "kl" in whole and lacking:
         raise ValueError(f"table {name!r} has a column kl but not {', '.join(lacking)}: add what gives it its scale")
-    _write(f"tables/{name}.csv", whole.to_csv(index=False, lineterminator="\n"))
-    _write(f"tables/{name}.tex", latex(results))
-    _write(f"tables/{name}.md", markdown(results))
-    shown = readable(results)
-    _write(f"tables/{name}.json", _json(source | {"headers": dict(zip(results, shown, strict=True))}))
-    return shown
+    csv, provenance = whole.to_csv(index=False, lineterminator="\n"), source | {"headers": tables.headers(results)}
+    files = {".csv": csv, **tables.derived(results), ".json": _json(provenance)}
+    _write({f"tables/{name}{end}": content for end, content in files.items()})
+    return tables.readable(results)
 
 
 def save_figure(figure: Figure, name: str, alt: str) -> Image:
@@ -96,9 +94,9 @@ def save_figure(figure: Figure, name: str, alt: str) -> Image:
     """
     source = _stamped()
     png = _picture(figure, "png", {"Software": None})
-    _write(f"figures/{name}.pdf", _picture(figure, "pdf", {"Creator": None, "Producer": None, "CreationDate": None}))
-    _write(f"figures/{name}.png", png)
-    _write(f"figures/{name}.json", _json(source | {"alt": alt}))
+    pdf = _picture(figure, "pdf", {"Creator": None, "Producer": None, "CreationDate": None})
+    files: dict[str, str | bytes] = {".pdf": pdf, ".png": png, ".json": _json(source | {"alt": alt})}
+    _write({f"figures/{name}{end}": content for end, content in files.items()})
     plt.close(figure)
     return Image(png, format="png", retina=True, alt=alt)
 
@@ -161,17 +159,12 @@ def _portable(value: object) -> Any:
     return value if isinstance(value, bool | int | float | None) else str(value)
 
 
-def _write(place: str, content: str | bytes) -> None:
+def _write(files: Mapping[str, str | bytes]) -> None:
     profile = _stamped()["profile"]
     by_hand = BUILD / ("interactive" if profile == DEFAULT_PROFILE else profile)
     folder = Path(os.environ.get("CHASSIS_RESULTS") or by_hand)
-    try:
-        write_atomically(folder / place, content)
-    except OSError as error:
-        raise OSError(
-            f"{place} could not be written ({error.strerror}): make room, or name a writable results folder in "
-            "CHASSIS_RESULTS; the former file is unchanged"
-        ) from error
+    remedy = "make room, or name a writable results folder in CHASSIS_RESULTS"
+    write_together({folder / place: content for place, content in files.items()}, remedy)
 
 
 def _picture(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
@@ -187,4 +180,4 @@ def _json(content: dict[str, Any]) -> str:
 def _read(path: Path, remedy: str) -> pd.DataFrame:
     if not path.exists():
         raise FileNotFoundError(f"table {path.relative_to(ROOT).as_posix()} is missing {remedy}")
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    return tables.read(path)

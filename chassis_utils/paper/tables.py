@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import pandas as pd
 
@@ -32,6 +33,21 @@ def readable(frame: pd.DataFrame) -> pd.DataFrame:
     """The table as text for readers: headers with units, three significant digits, scientific below 1e-3."""
     columns = {HEADERS.get(name, name.replace("_", " ")): _column(name, frame[name]) for name in map(str, frame)}
     return pd.DataFrame(columns, index=frame.index)
+
+
+def derived(results: pd.DataFrame) -> dict[str, str]:
+    """What readers get of a table, by the ending of its file: all that follows from its CSV."""
+    return {".tex": latex(results), ".md": markdown(results)}
+
+
+def headers(results: pd.DataFrame) -> dict[str, str]:
+    """What readers see above each column."""
+    return dict(zip(map(str, results), map(str, readable(results)), strict=True))
+
+
+def read(path: Path) -> pd.DataFrame:
+    """A table's CSV at full precision; a word such as None is a word, an empty cell a missing value."""
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -22,9 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from filelock import FileLock
-
-from chassis_utils.files import CACHE, ROOT, read_checked, write_checked
+from chassis_utils.files import CACHE, ROOT, cached
 
 PACKAGES = {  # import name -> licence, as each distribution declares it; the slow ones first
     "transformers": "Apache-2.0",
@@ -89,15 +87,7 @@ def read_documents(part: str) -> list[Document]:
         raise ValueError(f"part {part!r} is unknown: use one of {', '.join(PARTS)}")
     recipe = json.dumps([package_versions(), SHORTEST])
     stored = CACHE / f"corpus-{content_key(recipe)}"
-    stored.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(stored.with_suffix(".lock")):  # notebooks start side by side
-        payload = read_checked(stored)
-        if payload is None:
-            with ThreadPoolExecutor(2) as pool:
-                texts = [text for package in pool.map(_read_apart, PACKAGES) for text in package]
-            payload = json.dumps(list(dict.fromkeys(texts))).encode()
-            write_checked(stored, payload)
-    documents = map(Document, json.loads(payload))
+    documents = map(Document, json.loads(cached(stored, _read_all)))
     return [document for document in documents if document.part == part]
 
 
@@ -118,6 +108,13 @@ def package_docstrings(package: str) -> list[str]:
     root = Path(spec.origin).parent
     files = [path for path in sorted(root.rglob("*.py")) if not {"tests", "testing"} & {*path.relative_to(root).parts}]
     return [text for path in files for text in _file_docstrings(path) if len(text) >= SHORTEST]
+
+
+def _read_all() -> bytes:
+    """All docstrings as JSON."""
+    with ThreadPoolExecutor(2) as pool:
+        texts = [text for package in pool.map(_read_apart, PACKAGES) for text in package]
+    return json.dumps(list(dict.fromkeys(texts))).encode()
 
 
 def _read_apart(package: str) -> list[str]:
