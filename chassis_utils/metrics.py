@@ -60,10 +60,13 @@ def standard_error(values: Float[Tensor, "n"], groups: Sequence[str] | None = No
     """Standard error of the mean; NaN for a single value, which has none.
 
     Values of one group (a template, a document) are not independent: with `groups` the error is
-    the cluster-robust one, from the sums of each group's deviations.
+    the cluster-robust one, from the sums of each group's deviations. Raises `ValueError` where
+    there is not one group for each value.
     """
     deviations = values - values.mean()
     if groups is not None:
+        if len(groups) != len(values):
+            raise ValueError(f"{len(groups)} groups do not belong to {len(values)} values: name that of each prompt")
         number = {group: k for k, group in enumerate(dict.fromkeys(groups))}
         places = torch.tensor([number[group] for group in groups])
         deviations = torch.zeros(len(number), dtype=values.dtype).index_add(0, places, deviations)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from chassis_utils.circulant.compare import patched_row
 from chassis_utils.metrics import (
     Reference,
     clearly_lower,
@@ -129,6 +130,24 @@ def test_a_kl_that_is_known_is_taken_for_the_row() -> None:
     assert (twice["kl"], twice["kl_se"]) == pytest.approx((2 * plain["kl"], 2 * plain["kl_se"]))
     assert 1 - twice["gap_closed"] == pytest.approx(2 * (1 - plain["gap_closed"]))
     assert [twice[key] for key in ("top1", "base_kl")] == [plain[key] for key in ("top1", "base_kl")]
+
+
+def test_every_row_counts_a_group_as_one_observation() -> None:
+    expert, base, adapted = torch.randn(3, 20, 9, generator=torch.Generator().manual_seed(0))
+    groups = [f"document {k % 4}" for k in range(20)]
+    kl = kl_divergence(expert, adapted)
+    others = {"top1": 1.0, "top5_overlap": 1.0, "kl_every_token": kl, "agreeing": 1, "tokens": 1}
+    compared = pd.DataFrame({"kl": kl} | others)
+    rows = [Reference(expert, base, groups).row(adapted), patched_row(compared, 1.0, groups)]
+    deviations = (kl - kl.mean()).reshape(5, 4).sum(0)
+    expected = float((deviations.square().sum() * 4 / 3).sqrt() / 20)
+    assert [row["kl_se"] for row in rows] == pytest.approx([expected, expected])
+
+
+def test_rows_and_groups_of_other_prompts_do_not_go_together() -> None:
+    expert, base, adapted = torch.randn(3, 20, 9, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="12 groups do not belong to 20 values"):
+        Reference(expert, base, ["a", "b", "c"] * 4).row(adapted)
 
 
 @given(arrays(np.float64, (2, 12), elements=st.floats(0, 10)))

@@ -15,6 +15,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from chassis_utils.files import ROOT
+from chassis_utils.paper import checksums
 from chassis_utils.paper.notebook import PlanError
 from chassis_utils.paper.pipeline import compile_paper, plan
 
@@ -104,6 +105,11 @@ def table(project: Path, name: str) -> str:
     return (project / "paper" / "tables" / f"{name}.csv").read_text()
 
 
+def altered(project: Path) -> list[str]:
+    """The results that are not what a run has put in place."""
+    return [name for name in checksums.altered(project) if name.startswith("paper/")]
+
+
 def append(path: Path, text: str) -> None:
     """Change a file."""
     path.write_text(path.read_text() + text)
@@ -159,6 +165,44 @@ def waiting(project: Path) -> subprocess.Popen[str]:
     while not marker.exists() and process.poll() is None:
         time.sleep(0.1)
     return process
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from chassis_utils.paper.pipeline import plan, run_notebook
+move = os.replace
+def move_and_die(source, place):
+    move(source, place)
+    if Path(place).name == "first.csv" and "staging" not in str(place):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = move_and_die
+run_notebook(plan(Path(sys.argv[1]), "micro")[0])
+"""
+
+
+def test_a_kill_between_two_files_and_an_edit_by_hand_are_made_good(project: Path) -> None:
+    run(project)
+    append(project / "chassis_utils" / "far.py", "\nVALUE = 2")
+    command = [sys.executable, "-c", KILLED, str(project)]
+    assert subprocess.run(command, cwd=project, env=os.environ | {"PYTHONPATH": str(project)}).returncode == -9
+    folder = project / "paper" / "tables"
+    texts = [(folder / f"first{end}").read_text() for end in (".csv", ".md")]
+    assert texts == ["2", "1"]  # half a set
+    assert altered(project) == ["paper/tables/first.csv"]
+
+    write_notebook(project, "00_first", ["1 / 0", *FIRST])
+    assert "ZeroDivisionError" in run(project)  # the set was whole before anything ran
+    assert {(folder / f"first{end}").read_text() for end in (".csv", ".md", ".tex")} == {"2"}
+    assert altered(project) == []
+    assert not [file for file in folder.iterdir() if file.name.startswith(".")]
+
+    write_notebook(project, "00_first", FIRST)
+    (folder / "first.md").write_text("3")  # an edit by hand is made good by the next run of the notebook
+    assert altered(project) == ["paper/tables/first.md"]
+    run(project)
+    assert altered(project) == []
+    assert (folder / "first.md").read_text() == "2"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -97,6 +97,40 @@ def test_document_split_shares_no_document() -> None:
     assert not (train & val or train & test or val & test)
 
 
+HELD_OUT = [
+    *((family, "index") for family in FAMILIES),
+    *((family, "template") for family in ("mixed", "reasoning", "templates")),
+    ("natural", "document"),
+]
+
+
+@pytest.mark.parametrize(("family", "split"), HELD_OUT, ids="-".join)
+def test_nothing_is_measured_on_training_prompts_or_fitted_to_test_prompts(family: str, split: str) -> None:
+    train, test = take(family, split, "train", 200), take(family, split, "test", 200)
+    with pytest.raises(ValueError, match="is one to fit to: measure on prompts of part 'test'"):
+        prompts.groups([*test, train[0]])
+    with pytest.raises(ValueError, match="is held out for the test: fit to prompts of part 'train'"):
+        fold_numbers([*train, test[0]])
+
+
+CLUSTERS = {"index": None, "prefix": None, "template": "group", "document": "group"}
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("split", CLUSTERS)
+def test_prompts_of_one_template_or_document_are_one_cluster(split: str, part: str) -> None:
+    found = take("natural" if split == "document" else "mixed", split, part, 300)
+    clusters = [prompt.group for prompt in found] if CLUSTERS[split] else None
+    assert prompts.groups(found, fitted=part == "train") == clusters
+
+
+def test_held_out_natural_text_is_what_shares_no_paragraph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "read_unseen", lambda part: [Document(f"A passage of the unseen {part} text. " * 20)])
+    assert {prompt.group for prompt in take("natural", "document", "test", 5)} == {
+        Document("A passage of the unseen test text. " * 20).key
+    }
+
+
 def test_natural_prompts_are_decided_by_the_seed() -> None:
     first = take("natural", "document", "test", 50, seed=1)
     assert first == take("natural", "document", "test", 50, seed=1)

@@ -1,11 +1,14 @@
-"""The committed tables say what the paper claims of them."""
+"""The committed tables say what the paper claims of them, and nothing that is committed was edited by hand."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from claims import CLAIMS
+from prose import literal_numbers
 
 from chassis_utils.files import ROOT
+from chassis_utils.paper.checksums import altered
+from chassis_utils.paper.consistency import disagreements
 from chassis_utils.paper.tables import EVALUATION_COLUMNS
 
 TABLES = ROOT / "paper" / "tables"
@@ -14,6 +17,18 @@ EXPERT_RANK = 8  # on the shipped base of width 256
 
 def table(name: str) -> pd.DataFrame:
     return pd.read_csv(TABLES / f"{name}.csv")
+
+
+def test_every_result_is_as_a_run_has_put_it_in_place() -> None:
+    assert altered(ROOT) == []
+
+
+def test_tables_notebooks_and_figures_agree() -> None:
+    assert disagreements(ROOT) == []
+
+
+def test_every_measured_number_of_the_paper_comes_from_a_table() -> None:
+    assert literal_numbers((ROOT / "paper" / "paper.typ").read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.glob("*.csv")), ids=lambda path: path.stem)

@@ -46,10 +46,10 @@ def notebook_disagreements(root: Path, path: Path) -> list[str]:
         for name, output in pictures(path, cell):
             if base64.b64decode(output.data["image/png"]) != (root / "figures" / f"{name}.png").read_bytes():
                 found.append(f"{path.name}: the picture in cell {cell.id} is not figures/{name}.png")
-        for name, head, row in shown_rows(path, cell):
+        for name, head, body in shown_tables(path, cell):
             stored = tables.readable(tables.read(root / "paper" / "tables" / f"{name}.csv"))
-            if set(head) <= set(stored) and not _is_row(row, stored[head]):
-                found.append(f"{path.name}: row {row[0]} shown in cell {cell.id} is not that of {name}.csv")
+            wrong = [row[0] for row in body if set(head) <= set(stored) and not _is_row(row, stored[head])]
+            found += [f"{path.name}: row {row} shown in cell {cell.id} is not that of {name}.csv" for row in wrong]
     return found
 
 
@@ -60,16 +60,17 @@ def pictures(path: Path, cell: NotebookNode) -> Iterator[tuple[str, NotebookNode
         yield from zip(Notebook(path, [cell]).names_given_to("save_figure", 1), shown, strict=True)
 
 
-def shown_rows(path: Path, cell: NotebookNode) -> Iterator[tuple[str, list[str], list[str]]]:
-    """The table that a cell saves, the headers that it shows, and each row with its number in front.
+def shown_tables(path: Path, cell: NotebookNode) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """The table that a cell saves, and what it shows: headers, and rows with their numbers in front.
 
     What it shows may be another frame, under other headers.
     """
     names = Notebook(path, [cell]).names_given_to("save_table", 1) if cell.cell_type == "code" else []
     for output in cell.outputs if names else []:
         rows = ROW.findall(output.get("data", {}).get("text/html", ""))
-        head, *body = [[html.unescape(text).strip() for text in CELL.findall(row)] for row in rows] or [[]]
-        yield from ((names[-1], head[1:], row) for row in body)
+        if rows:
+            head, *body = [[html.unescape(text).strip() for text in CELL.findall(row)] for row in rows]
+            yield names[-1], head[1:], body
 
 
 def _is_row(row: list[str], stored: pd.DataFrame) -> bool:

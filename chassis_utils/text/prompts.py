@@ -3,7 +3,8 @@
 A family is a set of templates over a running index `i`; `natural` is real text cut at
 random places; `read_prompts` reads any text file with one prompt a line. A split names what
 is held out, and a prompt's `group` is the unit that the split (and K-fold validation,
-see `fold_numbers`) keeps together:
+see `fold_numbers`) keeps together. A prompt knows its part of the split: what is fitted refuses
+test prompts (`fold_numbers`), what is measured refuses training prompts (`groups`).
 
     index      same templates, other i           group: a block of consecutive i
     prefix     val and test repeat train: training error, kept because it was reported
@@ -14,7 +15,7 @@ see `fold_numbers`) keeps together:
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -67,11 +68,12 @@ HELD_OUT_TEMPLATES = ("force", "steps", "sky", "tools", "debug", "integral")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and the group that splits and folds keep together."""
+    """A prompt, the group that splits and folds keep together, and the part of the split that it was taken from."""
 
     text: str
     group: str
     cluster: str | None = None  # the template or document that it shares with others, where it is no sample of its own
+    part: str = field(default="", compare=False)  # train, val or test; none for a list of the user's
 
 
 def take(family: str, split: str, part: str, n: int, seed: int = 0) -> list[Prompt]:
@@ -96,7 +98,7 @@ def take(family: str, split: str, part: str, n: int, seed: int = 0) -> list[Prom
     room = LAST_INDEX[part] - FIRST_INDEX[part]
     if n > room:
         raise ValueError(f"{n} prompts of part {part!r} would run into the next part: ask for at most {room}")
-    return [_render(templates, i, split) for i in range(start, start + n)]
+    return [_render(templates, i, split, part) for i in range(start, start + n)]
 
 
 def standard_sets(n_train: int, n_test: int, prompts_file: str = "") -> dict[tuple[str, str], list[Prompt]]:
@@ -134,8 +136,12 @@ def fold_numbers(prompts: list[Prompt], folds: int = 5) -> list[int]:
     """A fold for each prompt; a group is never divided.
 
     Few groups (templates) become one fold each; many are dealt to `folds` folds in order of
-    their names, which for documents are hashes. Raises `ValueError` for a single group.
+    their names, which for documents are hashes. Raises `ValueError` for a single group, and
+    for test prompts, which nothing may be fitted to.
     """
+    for prompt in prompts:
+        if prompt.part == "test":
+            raise ValueError(f"prompt {prompt.text[:40]!r} is held out for the test: fit to prompts of part 'train'")
     groups = sorted({prompt.group for prompt in prompts})
     if len(groups) < 2:
         raise ValueError(f"all {len(prompts)} prompts belong to one group, so nothing can be held out: use more")
@@ -144,8 +150,15 @@ def fold_numbers(prompts: list[Prompt], folds: int = 5) -> list[int]:
     return [number[prompt.group] for prompt in prompts]
 
 
-def groups(prompts: list[Prompt]) -> list[str] | None:
-    """The cluster of each prompt, for standard errors; None where every prompt is a sample of its own."""
+def groups(prompts: list[Prompt], fitted: bool = False) -> list[str] | None:
+    """The cluster of each prompt, for standard errors; None where every prompt is a sample of its own.
+
+    Raises `ValueError` for training prompts, on which no result is measured; `fitted` says that
+    the fit itself is judged, by its folds.
+    """
+    for prompt in prompts:
+        if prompt.part == "train" and not fitted:
+            raise ValueError(f"prompt {prompt.text[:40]!r} is one to fit to: measure on prompts of part 'test'")
     names = [prompt.cluster for prompt in prompts]
     return None if None in names else [str(name) for name in names]
 
@@ -171,12 +184,12 @@ def _templates(family: str, split: str, part: str) -> dict[str, Template]:
     return chosen
 
 
-def _render(templates: dict[str, Template], i: int, split: str) -> Prompt:
+def _render(templates: dict[str, Template], i: int, split: str, part: str) -> Prompt:
     names = list(templates)
     name = names[i % len(names)]
     if split == "template":
-        return Prompt(templates[name](i), name, name)
-    return Prompt(templates[name](i), f"block {i // BLOCK:04d}")
+        return Prompt(templates[name](i), name, name, part)
+    return Prompt(templates[name](i), f"block {i // BLOCK:04d}", part=part)
 
 
 def _natural(part: str, n: int, seed: int) -> list[Prompt]:
@@ -188,7 +201,7 @@ def _natural(part: str, n: int, seed: int) -> list[Prompt]:
         document = documents[order[k % len(order)]]
         text = _cut(document.text, rng)
         if text:
-            passages.append(Prompt(text, document.key, document.key))
+            passages.append(Prompt(text, document.key, document.key, part))
         if len(passages) == n:
             return passages
     raise ValueError(f"the corpus has too little text for {n} natural prompts of part {part!r}: ask for fewer")
@@ -203,7 +216,7 @@ def _own(prompts_file: str, part: str, n: int) -> list[Prompt]:
         raise ValueError(
             f"prompt file {prompts_file!r} has {len(lines)} lines, too few to hold some out: give at least a hundred"
         )
-    return chosen[:n]
+    return [replace(prompt, part=part) for prompt in chosen[:n]]
 
 
 def _cut(text: str, rng: random.Random) -> str | None:
