@@ -3,8 +3,8 @@
 Both start at the same block with the same states. At each block the inputs that a linear layer of its MLP gets in the
 network as replaced so far, and the outputs that it has in the untouched one, can be read; then both states move on.
 What lies before a block is never run again, and a run of a block gives all that it can: a layer costs one run as it
-is, and one as replaced for each of its projections whose input an earlier replacement changes. Memory: for each
-token two states of the model's width, the outputs of one MLP's projections and their inputs.
+is, one as replaced, and of its MLP alone another for each of its projections whose input an earlier replacement
+changes. Memory: for each token two states of the model's width, and what two runs of a block note.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from chassis_utils.circulant.patch import mlp_projections, patch
 from chassis_utils.lm.forward import batches, encode, pad
 from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.resume import giving
 
 
 class _Reached(Exception):
@@ -28,12 +29,13 @@ class _Reached(Exception):
 
 @dataclass
 class _Run:
-    """One run through a block: what was replaced, the states behind it, its projections' inputs and outputs."""
+    """One run through a block: what was replaced, the states behind it, and what its parts read and gave."""
 
     replaced: frozenset[str]
     states: Float[Tensor, "n t d"]
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor]  # of each projection
     outputs: dict[str, Tensor]
+    earlier: dict[nn.Module, Any]  # outputs of the block's parts before its first projection: attention, norms
 
     def holds(self, path: str, replaced: frozenset[str]) -> bool:
         """Whether the input of `path` is the same under these replacements: it is that of each new one too."""
@@ -79,9 +81,11 @@ class PairedForward:
         projections = mlp_projections(self.model.network, self.layer)
         if path not in projections:
             raise ValueError(f"{path!r} is no layer that block {self.layer} runs: name one of this block")
-        inside = frozenset(before.keys() & projections.keys())
+        inside = self._inside(before)
         for batch in self._batches:
             batch.as_it_is = batch.as_it_is or self._through(batch, batch.untouched)
+            if batch.as_replaced is None and batch.replaced is batch.untouched:
+                batch.as_replaced = batch.as_it_is
             if batch.as_replaced is None or not batch.as_replaced.holds(path, inside):
                 batch.as_replaced = self._through(batch, batch.replaced, before, inside)
             seen = batch.as_replaced.inputs[path], batch.as_it_is.outputs[path]
@@ -96,12 +100,19 @@ class PairedForward:
 
     def advance(self, before: Mapping[str, nn.Module]) -> None:
         """On to the next block, through this one as it is, and with `before` in place."""
+        inside = self._inside(before)
         for batch in self._batches:
             as_it_is = batch.as_it_is or self._through(batch, batch.untouched)
+            if inside or batch.replaced is not batch.untouched:
+                batch.replaced = self._through(batch, batch.replaced, before, inside).states
+            else:
+                batch.replaced = as_it_is.states
             batch.untouched = as_it_is.states
-            batch.replaced = self._through(batch, batch.replaced, before).states
             batch.as_it_is, batch.as_replaced = None, None
         self.layer += 1
+
+    def _inside(self, before: Mapping[str, nn.Module]) -> frozenset[str]:
+        return frozenset(before.keys() & mlp_projections(self.model.network, self.layer).keys())
 
     @torch.no_grad()
     def _enter(self, prompts: list[str], ids: list[list[int]]) -> _Batch:
@@ -131,16 +142,28 @@ class PairedForward:
         before: Mapping[str, nn.Module] | None = None,
         inside: frozenset[str] = frozenset(),
     ) -> _Run:
-        """Run the block with `before` in place, and note what its projections read and give."""
-        inputs: dict[str, Tensor] = {}
-        outputs: dict[str, Tensor] = {}
+        """Run the block with `before` in place, and note what its projections read and give.
+
+        What an earlier run from the same states found before the first projection is not run again.
+        """
+        run = _Run(inside, states, {}, {}, {})
+        block, same = self.model.blocks[self.layer], batch.as_replaced if states is batch.replaced else None
 
         def note(path: str, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[path], outputs[path] = given[0], output.clone()  # Falcon adds to the last one in place
+            run.inputs[path], run.outputs[path] = given[0], output.clone()  # Falcon adds to the last one in place
+
+        def note_earlier(part: nn.Module, _: Any, output: Any) -> None:
+            if not run.inputs:
+                run.earlier[part] = output
 
         with ExitStack() as stack:
             stack.enter_context(patch(self.model.network, before or {}))
             for path, module in mlp_projections(self.model.network, self.layer).items():
                 stack.callback(module.register_forward_hook(partial(note, path)).remove)
-            output = self.model.blocks[self.layer](states, *batch.others, **batch.named)
-        return _Run(inside, output[0] if isinstance(output, tuple | list) else output, inputs, outputs)
+            for part in block.children():
+                stack.callback(part.register_forward_hook(note_earlier).remove)
+            for part, output in same.earlier.items() if same else ():
+                stack.enter_context(giving(part, output))
+            output = block(states, *batch.others, **batch.named)
+        run.states = output[0] if isinstance(output, tuple | list) else output
+        return run

@@ -5,8 +5,8 @@ the parameters of the replacements move, by AdamW. Its step is about its rate wh
 the rate is a share of each parameter's size: entries of a block are averages of B weights, 1/sqrt(B) as
 large, and the study's absolute 1e-3 moves them by half their norm in one step.
 
-Cost: a forward and a backward pass of the network for each batch; the teacher's logits, n * vocabulary
-numbers (tokens * vocabulary where every token counts); six times the trained parameters.
+Cost: a forward and a backward pass for each batch, from the lowest replaced block on; what `compare.Teacher` keeps;
+six times the trained parameters.
 """
 
 import math
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from chassis_utils.circulant.compare import Teacher
 from chassis_utils.circulant.patch import patch
 from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.resume import first_layer
 
 Row = dict[str, int | float]
 
@@ -78,14 +79,15 @@ def calibrate(
     settings = settings or Settings()
     run = _Run(replacements, settings)
     learned, measured = _teachers(model, train, held_out, settings)
+    layer = first_layer(model, replacements)
     bar = tqdm(total=settings.steps, desc="calibration", disable=None, leave=False)
     with patch(model.network, replacements), run, bar:
-        run.check(measured.mean())
+        run.check(measured.mean(layer))
         while not run.finished:
             batch = [k % len(learned.ids) for k in range(run.step * settings.batch, (run.step + 1) * settings.batch)]
-            run.descend(learned.loss(batch))
+            run.descend(learned.loss(batch, layer))
             if run.step % settings.check_every == 0 or run.step == settings.steps:
-                run.check(measured.mean())
+                run.check(measured.mean(layer))
             bar.update()
     return pd.DataFrame(run.history)
 

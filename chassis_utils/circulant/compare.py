@@ -1,11 +1,14 @@
 """A network with some layers replaced, compared with the untouched one prompt by prompt.
 
-Cost: one forward pass of each; the teacher's logits are kept: n * vocabulary numbers, tokens * vocabulary where every
-token counts.
+Cost: one forward pass of each, the patched one from its lowest patched block on. Kept are the teacher's logits (n *
+vocabulary numbers, tokens * vocabulary where every token counts) and the states that enter such a block (tokens *
+width for each block that patches have begun at).
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,6 +19,7 @@ from chassis_utils.circulant.patch import patch
 from chassis_utils.limits import require_memory
 from chassis_utils.lm.forward import batches, encode, read_logits, token_logits
 from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.resume import first_layer, output_below, resuming
 from chassis_utils.metrics import cosine, evaluation_row, kl_divergence, kl_loss, l2, top_overlap
 
 
@@ -32,17 +36,29 @@ class Teacher:
         purpose = f"the teacher's logits at {sum(self.positions)} tokens"
         require_memory(size, purpose, "use fewer prompts, or their last tokens alone")
         self.logits = read_logits(model, self.ids, every_token)
+        self._below: dict[tuple[int, ...], Any] = {}  # by layer and prompts: what the block before it returned
 
-    def loss(self, batch: Sequence[int]) -> Float[Tensor, ""]:
-        """Mean KL(teacher || student) over the positions of these prompts, in float32 at least."""
-        student = token_logits(self.model, [self.ids[k] for k in batch], self.every_token)
+    def student(self, batch: Sequence[int], layer: int) -> Float[Tensor, "positions vocab"]:
+        """Logits of the network as it is now for these prompts; before block `layer` it has to be untouched."""
+        rows = [self.ids[k] for k in batch]
+        with self._resuming((layer, *batch), rows) if layer else nullcontext():
+            return token_logits(self.model, rows, self.every_token)
+
+    def _resuming(self, key: tuple[int, ...], rows: Sequence[list[int]]) -> AbstractContextManager[None]:
+        if key not in self._below:
+            self._below[key] = output_below(self.model, rows, key[0])
+        return resuming(self.model, key[0], self._below[key])
+
+    def loss(self, batch: Sequence[int], layer: int) -> Float[Tensor, ""]:
+        """Mean KL(teacher || student) over the positions of these prompts, in float32 at least; `layer` as above."""
+        student = self.student(batch, layer)
         teacher = torch.cat([self.logits[k] for k in batch]).to(student.device)
         return kl_loss(teacher, student)
 
     @torch.no_grad()
-    def mean(self) -> float:
+    def mean(self, layer: int) -> float:
         """The same over all prompts."""
-        totals = [float(self.loss(batch)) * sum(self.positions[k] for k in batch) for batch in batches(self.ids)]
+        totals = [float(self.loss(batch, layer)) * sum(self.positions[k] for k in batch) for batch in batches(self.ids)]
         return math.fsum(totals) / sum(self.positions)
 
 
@@ -56,9 +72,10 @@ def compare(teacher: Teacher, replacements: Mapping[str, nn.Module]) -> pd.DataF
     if not teacher.every_token:
         raise ValueError("this teacher holds last tokens alone: make one of every token")
     rows: dict[int, dict[str, object]] = {}
+    layer = first_layer(teacher.model, replacements)
     with torch.no_grad(), patch(teacher.model.network, replacements):
         for batch in batches(teacher.ids):
-            students = token_logits(teacher.model, [teacher.ids[k] for k in batch], every_token=True)
+            students = teacher.student(batch, layer)
             for k, student in zip(batch, students.split([teacher.positions[k] for k in batch]), strict=True):
                 rows[k] = _row(teacher.logits[k], student.cpu())
     return pd.DataFrame([rows[k] for k in range(len(rows))])

@@ -1,0 +1,70 @@
+"""Passes that begin inside the network, where an earlier pass over the same prompts has been.
+
+What stands below the first changed layer computes the same in every pass. Its output is kept once, and handed on by
+the modules that made it in place of running them. The rest of the pass (masks, positions, later blocks, head, hooks)
+is the network's own, so its results are those of a full pass to the bit.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from chassis_utils.lm.forward import pad
+from chassis_utils.lm.model import LanguageModel
+
+
+class _Reached(Exception):
+    """The block that was waited for has run: nothing behind it is needed."""
+
+
+def first_layer(model: LanguageModel, paths: Iterable[str]) -> int:
+    """The lowest block that holds a module of these paths; 0 where one lies in none, or there is no path."""
+    names = {module: name for name, module in model.network.named_modules()}
+    prefixes = [f"{names[block]}." for block in model.blocks]
+    layers = [next((k for k, prefix in enumerate(prefixes) if path.startswith(prefix)), 0) for path in paths]
+    return min(layers, default=0)
+
+
+@contextmanager
+def giving(module: nn.Module, output: Any) -> Iterator[None]:
+    """`module` returns `output` whatever it is called with, and is not run."""
+    own = vars(module).get("forward")  # a wrapper that another library has put there
+    module.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@torch.no_grad()
+def output_below(model: LanguageModel, rows: Sequence[list[int]], layer: int) -> Any:
+    """What block `layer` - 1 returns for these prompts, padded on the right: for `resuming`."""
+    padded, mask = pad(rows, model.device)
+    outputs: list[Any] = []
+
+    def catch(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output)
+        raise _Reached
+
+    hook = model.blocks[layer - 1].register_forward_hook(catch)
+    try:
+        model.network(padded, attention_mask=mask, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return outputs[0]
+
+
+@contextmanager
+def resuming(model: LanguageModel, layer: int, output: Any) -> Iterator[None]:
+    """Passes over the prompts of `output_below` begin at block `layer`."""
+    with ExitStack() as stack:
+        for block in model.blocks[:layer]:
+            stack.enter_context(giving(block, output))
+        yield
