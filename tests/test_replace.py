@@ -1,6 +1,7 @@
 """Layers are fitted where they stand: to real tokens alone, each to what those before it left."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,6 +38,12 @@ PROMPTS = [Prompt(text, text) for text in TEXTS]
 def exact(build: Build) -> LanguageModel:
     """A random Llama in float64."""
     return load(str(build(tiny_llama())), dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every test fits its own layers."""
+    monkeypatch.setattr(replace_module, "CACHE", tmp_path)
 
 
 @torch.no_grad()
@@ -175,3 +182,20 @@ def test_what_cannot_be_done_says_why(exact: LanguageModel, build: Build) -> Non
     model = LanguageModel(**{**vars(exact), "network": type(exact.network).from_pretrained(spoilt)})
     with pytest.raises(ValueError, match=r"activations of '.*gate_proj' are not finite for prompt 'Go'"):
         replacements(model, [0], BLOCK, "aware", PROMPTS)
+
+
+@pytest.mark.parametrize("how", ["aware", "low_rank_aware"])
+def test_the_same_layers_are_fitted_once_and_come_back_to_the_bit(
+    how: str, exact: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = replacements(exact, [0, 1], BLOCK, how, PROMPTS)
+    with monkeypatch.context() as patched:
+        patched.setattr(replace_module, "_fitted_in_order", lambda *_: pytest.fail("fitted again"))
+        again = replacements(exact, [0, 1], BLOCK, how, PROMPTS)
+    other = replacements(exact, [0, 1], BLOCK, how, PROMPTS[:-1])
+    assert list(first) == list(again) == list(other)
+    for path, layer in first.items():
+        assert type(layer) is type(again[path])
+        for name, value in layer.state_dict().items():
+            assert torch.equal(value, again[path].state_dict()[name])
+    assert any(not torch.equal(a, b) for a, b in zip(first[path].parameters(), other[path].parameters(), strict=True))

@@ -33,6 +33,16 @@ class LowRankLinear(nn.Module):
         self.up = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
 
+    @classmethod
+    def of(
+        cls, linear: nn.Linear, down: Float[Tensor, "r d_x"], up: Float[Tensor, "d_y r"], bias: Tensor | None
+    ) -> "LowRankLinear":
+        """The layer with these parameters, in the sizes, dtype and device of `linear`."""
+        like = linear.weight
+        layer = cls(linear.in_features, linear.out_features, len(down), bias is not None, like.device, like.dtype)
+        layer.load_state_dict({"down": down, "up": up} | ({} if bias is None else {"bias": bias}))
+        return layer
+
     def forward(self, x: Float[Tensor, "*batch d_x"]) -> Float[Tensor, "*batch d_y"]:
         """Two products: `rank` (in + out) multiplications a token."""
         return nn.functional.linear(nn.functional.linear(x, self.down), self.up, self.bias)
@@ -42,7 +52,7 @@ def low_rank(linear: nn.Linear, rank: int) -> LowRankLinear:
     """The layer of `rank` nearest to `linear` in the Frobenius norm, with its bias."""
     u, s, vt = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
     bias = None if linear.bias is None else linear.bias.detach()
-    return _low_rank(linear, vt[:rank], u[:, :rank] * s[:rank], bias)
+    return LowRankLinear.of(linear, vt[:rank], u[:, :rank] * s[:rank], bias)
 
 
 def low_rank_aware(linear: nn.Linear, moments: Moments, penalty: float, rank: int) -> LowRankLinear:
@@ -52,18 +62,10 @@ def low_rank_aware(linear: nn.Linear, moments: Moments, penalty: float, rank: in
 
 def layer_at_rank(linear: nn.Linear, path: RankPath, rank: int) -> LowRankLinear:
     """One rank of a path of solutions, in the dtype and device of `linear`."""
-    return _low_rank(linear, path.left[:, :rank].T, path.right[:, :rank], path.at(rank).bias)
+    return LowRankLinear.of(linear, path.left[:, :rank].T, path.right[:, :rank], path.at(rank).bias)
 
 
 def equal_rank(linear: nn.Linear, block_size: int) -> int:
     """The largest rank, at least 1, with no more weights than blocks of that size hold."""
     p, q = (-(-size // block_size) for size in linear.weight.shape)
     return max(1, p * q * block_size // sum(linear.weight.shape))
-
-
-def _low_rank(linear: nn.Linear, down: Tensor, up: Tensor, bias: Tensor | None) -> LowRankLinear:
-    like = linear.weight
-    sizes = (linear.in_features, linear.out_features, len(down))
-    layer = LowRankLinear(*sizes, bias is not None, like.device, like.dtype)
-    layer.load_state_dict({"down": down, "up": up} | ({} if bias is None else {"bias": bias}))
-    return layer

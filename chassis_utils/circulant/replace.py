@@ -5,15 +5,19 @@ outputs y in the untouched one, at every real token of the training prompts, str
 moments with one fold for each group of prompts; penalty by K-fold; the layer of `closed_form` or `low_rank`
 nearest on them; then the next, which sees what this one made of its inputs.
 
-Cost: for each projection two runs of its block, and the moments of `closed_form`; memory that of
-the moments, once for each fold, and of `activations`.
+Cost: that of `activations` and the moments of `closed_form`; memory that of the moments, once for each fold, and of
+`activations`. Fitted layers are stored in `build/cache/` by the content of model, prompts and code, so that the same
+replacements are fitted once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, reduce
+from functools import cache, partial, reduce
+from importlib.metadata import version
 from operator import add
+from pathlib import Path
 from typing import TypeVar
 
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,11 +26,14 @@ from chassis_utils.circulant.closed_form import CirculantMoments, activation_awa
 from chassis_utils.circulant.layer import BlockCirculantLinear
 from chassis_utils.circulant.low_rank import LowRankLinear, equal_rank, low_rank, low_rank_aware
 from chassis_utils.circulant.patch import as_linear, mlp_projections
+from chassis_utils.files import CACHE, cached
 from chassis_utils.linalg.moments import Moments
 from chassis_utils.linalg.regression import choose_penalty
 from chassis_utils.lm.model import LanguageModel
+from chassis_utils.text.corpus import content_key
 from chassis_utils.text.prompts import Prompt, fold_numbers
 
+ROOMS = ("circulant", "linalg", "lm", "text")  # whose code decides what is fitted
 FIXED = ("zero", "average", "low_rank")  # of the weights alone
 FITTED = ("aware", "low_rank_aware")  # on activations
 Sums = TypeVar("Sums", Moments, CirculantMoments)
@@ -61,7 +68,33 @@ def replacements(
     modules = {path: module for mlp in mlps for path, module in mlp.items()}
     if how in FIXED:
         return {path: _of_weights(as_linear(module), block_size, how) for path, module in modules.items()}
-    return _fitted_in_order(model, layers, block_size, how, prompts, sequential)
+    made_by = f"{_code()} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
+    fitted_on = [(prompt.text, prompt.group) for prompt in prompts]
+    key = content_key(f"{made_by} {sorted(modules)} {block_size} {how} {sequential} {fitted_on}")
+
+    def fit_all() -> bytes:
+        fitted = _fitted_in_order(model, layers, block_size, how, prompts, sequential)
+        tensors = {f"{path}.{name}": t for path, layer in fitted.items() for name, t in layer.state_dict().items()}
+        return save({name: tensor.cpu() for name, tensor in tensors.items()})
+
+    stored = load(cached(CACHE / f"replaced-{key}", fit_all))
+    return {path: _restored(as_linear(module), path, stored) for path, module in modules.items()}
+
+
+@cache
+def _code() -> str:
+    """Stands for the code that fits: layers of another version are not taken from the cache."""
+    package = Path(__file__).parent.parent
+    files = sorted(file for room in ROOMS for file in (package / room).glob("*.py"))
+    return content_key("".join(file.read_text("utf-8") for file in files))
+
+
+def _restored(linear: nn.Linear, path: str, stored: Mapping[str, Tensor]) -> nn.Module:
+    """The layer whose parameters are stored under `path`."""
+    bias = stored[f"{path}.bias"]
+    if f"{path}.c" in stored:
+        return BlockCirculantLinear.of(linear, stored[f"{path}.c"], bias)
+    return LowRankLinear.of(linear, stored[f"{path}.down"], stored[f"{path}.up"], bias)
 
 
 def _fitted_in_order(
