@@ -10,8 +10,9 @@ each length tried.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
 from chassis_utils.adapters.adapter import Adapter
@@ -50,10 +51,20 @@ class Task:
     metric: Float64[Tensor, "d d"]
     responses: Mapping[int, Float64[Tensor, "d d"]]  # of the last state to each middle layer
 
+    @cached_property
+    def start(self) -> tuple[Float[Tensor, "layers n d"], float]:
+        """The base's states, and the penalty of a last adapter fitted to them: where every stack begins."""
+        states = self.prefixes.finish()
+        return states, choose_penalty(self.moments(states[-1], self.target - states[-1].double()), self.metric)[0]
+
     @property
     def judges(self) -> list[int]:
         """The prompts that decide lengths."""
         return [k for k, fold in enumerate(self.folds) if fold % JUDGES == 0]
+
+    def run(self, middle: Mapping[int, Adapter]) -> Float[Tensor, "layers n d"]:
+        """The states under these edits."""
+        return self.prefixes.finish({layer: adapter.edit for layer, adapter in middle.items()})
 
     def moments(self, h: Shaped[Tensor, "n d"], wanted: Float64[Tensor, "n d"]) -> list[Moments]:
         """Moments of the folds that do not judge."""
@@ -63,17 +74,18 @@ class Task:
 
 def fit_stack(task: Task, layers: Sequence[int], ranks: Sequence[int]) -> Stack:
     """A stack at `layers`, the last of which is the head's, with the given ranks."""
-    best = _Trial.of(task, {}, ranks[-1], None)
+    states, penalty = task.start
+    best = _Trial.of(task, {}, states, ranks[-1], penalty)
     for layer, rank in zip(layers[:-1], ranks[:-1], strict=True):
         missing = task.target - best.states[-1].double()
         wanted, metric = pull_back(missing, task.responses[layer], task.metric)
         fitted = fit_moments(task.moments(best.states[layer], wanted), task.head, metric).at(rank)
         middles = [best.middle | {layer: fitted.scaled(length)} for length in LENGTHS]
-        trials = [_Trial.of(task, middle, ranks[-1], best.penalty) for middle in middles]
+        trials = [_Trial.of(task, middle, task.run(middle), ranks[-1], penalty) for middle in middles]
         better = [trial for trial in trials if trial.clearly_better(best, task)]
         best = min(better, key=lambda trial: float(trial.kl.mean()), default=best)
     h = best.states[-1]
-    whole = fit_moments(by_fold(h, task.target - h.double(), task.folds), task.head, task.metric, best.penalty)
+    whole = fit_moments(by_fold(h, task.target - h.double(), task.folds), task.head, task.metric, penalty)
     return Stack(best.middle, whole.at(ranks[-1]))
 
 
@@ -84,17 +96,14 @@ class _Trial:
     middle: dict[int, Adapter]
     states: Shaped[Tensor, "layers n d"]
     kl: Float64[Tensor, "judges"]
-    penalty: float  # of the last adapter, chosen once: the states that reach the head differ little
 
     @classmethod
-    def of(cls, task: Task, middle: dict[int, Adapter], rank: int, penalty: float | None) -> "_Trial":
-        states = task.prefixes.finish({layer: adapter.edit for layer, adapter in middle.items()})
+    def of(cls, task: Task, middle: dict[int, Adapter], states: Tensor, rank: int, penalty: float) -> "_Trial":
+        """`penalty` is that of the start: the states that reach the head under small edits differ little."""
         moments = task.moments(states[-1], task.target - states[-1].double())
-        if penalty is None:
-            penalty, _ = choose_penalty(moments, task.metric)
         last = fit_moments(moments, task.head, task.metric, penalty).at(rank)
         adapted = last.logits(states[-1][task.judges], task.head)
-        return cls(middle, states, kl_divergence(task.head(task.target[task.judges]), adapted), penalty)
+        return cls(middle, states, kl_divergence(task.head(task.target[task.judges]), adapted))
 
     def clearly_better(self, other: "_Trial", task: Task) -> bool:
         """Whether the judges' KL is lower by more than a standard error, prompts of a fold counting as one."""

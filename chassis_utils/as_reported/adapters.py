@@ -81,7 +81,8 @@ def method_a(
     """
     lens = layer_lens(h, logits)
     columns = largest_columns(lens) if columns is None else columns
-    change = (lens(h)[:, columns] - head(h)[:, columns].double()) / head.scale
+    edited = LinearMap(lens.weight[:, columns], lens.bias[columns])
+    change = (edited(h) - head(h)[:, columns].double()) / head.scale
     return MethodA(truncated_ridge(h, change), columns, head)
 
 
