@@ -87,7 +87,7 @@ def fit_states(
 
     `folds` numbers each row's fold. The metric is that of the expert's mean probabilities on these rows.
     """
-    likely = head(target).softmax(-1).mean(0, dtype=torch.float64)
+    likely = head.mean_probabilities(target)
     edits = target.double() - h.double()
     return fit_moments(by_fold(h, edits, folds), head, vocabulary_metric(head.weight, likely))
 

@@ -2,7 +2,7 @@
 
 What an edit does to the next token depends on every block after it. The prompts are read
 once up to their last token, keys and values kept; then the last token alone runs through
-the blocks, under any edits, which gives what a full pass with the same hooks gives at a
+the blocks from the lowest edit on, which gives what a full pass with the same hooks gives at a
 fraction of its cost. Memory: two numbers per token, block and key-value width.
 
 A model that keeps anything else of what it has read (Mamba, RWKV, hybrids) cannot be set back to a prefix: it
@@ -12,6 +12,7 @@ reads the prompts whole in every pass, those of equal length together, for the s
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from chassis_utils.linalg.moments import Moments
 from chassis_utils.linalg.regression import mean_eigenvalue, ridge, solve_symmetric
 from chassis_utils.lm.forward import batches, encode, layer_states, pad
 from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.resume import resuming
 
 # What is added to the states of a layer: a function of them, or one row for each prompt.
 Edit = Callable[[Shaped[Tensor, "n d"]], Shaped[Tensor, "n d"]] | Tensor
@@ -76,19 +78,46 @@ class Prefixes:
         """States [depth + 1, n, width] of the last tokens while `edits[l]` is added to those of layer l.
 
         A layer's states are those that its own edit sees: earlier edits are in them, its own
-        is not. Raises `ValueError` for an edit at a layer that no block follows.
+        is not. Blocks below the lowest edit are not run again. Raises `ValueError` for an edit at a layer that no
+        block follows.
         """
-        model = self.model
+        model, edits = self.model, edits or {}
+        outside = [layer for layer in edits if not 0 <= layer < model.depth]
+        if outside:
+            raise ValueError(f"an edit at layer {outside[0]} has no block after it: use 0 to {model.depth - 1}")
         last_states = torch.empty(model.depth + 1, self.count, model.width, dtype=model.network.dtype)
-        for batch in self.read:
-            with ExitStack() as hooks:
-                hooks.callback(_restore, batch)
-                for layer, edit in (edits or {}).items():
-                    hooks.enter_context(_edited(model, layer, edit, batch.rows))
-                read = layer_states(model, batch.unread, **batch.inputs)
-            for layer, states in enumerate(read):
-                last_states[layer, batch.rows] = states[:, -1].cpu()
+        for batch, (states, returned) in zip(self.read, self._untouched, strict=True):
+            if edits:
+                first = min(edits)
+                with ExitStack() as hooks:
+                    hooks.enter_context(resuming(model, first, returned[first - 1]))
+                    for layer, edit in edits.items():
+                        hooks.enter_context(_edited(model, layer, edit, batch.rows))
+                    states = [*states[: first + 1], *_run(model, batch)[first + 1 :]]
+            for layer, read in enumerate(states):
+                last_states[layer, batch.rows] = read[:, -1].cpu()
         return last_states
+
+    @cached_property
+    def _untouched(self) -> list[tuple[list[Tensor], list[Any]]]:
+        """Of each batch the states of all layers without edits, and what each block returned."""
+        passes = []
+        for batch in self.read:
+            returned: list[Any] = []
+            with ExitStack() as hooks:
+                for block in self.model.blocks:
+                    note = block.register_forward_hook(lambda _, __, output, noted=returned: noted.append(output))
+                    hooks.callback(note.remove)
+                passes.append((_run(self.model, batch), returned))
+        return passes
+
+
+def _run(model: LanguageModel, batch: _Batch) -> list[Shaped[Tensor, "n left d"]]:
+    """The states of all layers under the hooks that are in place; the cache holds the prefixes alone again."""
+    try:
+        return layer_states(model, batch.unread, **batch.inputs)
+    finally:
+        _restore(batch)
 
 
 def _restore(batch: _Batch) -> None:
@@ -148,9 +177,6 @@ def pull_back(
 
 @contextmanager
 def _edited(model: LanguageModel, layer: int, edit: Edit, rows: list[int]) -> Iterator[None]:
-    if not 0 <= layer < model.depth:
-        raise ValueError(f"an edit at layer {layer} has no block after it: use 0 to {model.depth - 1}")
-
     def before(block: torch.nn.Module, inputs: tuple) -> tuple:
         h = inputs[0]
         change = (edit[rows] if isinstance(edit, Tensor) else edit(h[:, -1].cpu())).to(h)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Float64, Int, Shaped
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
@@ -28,6 +28,7 @@ from chassis_utils.files import locate
 from chassis_utils.limits import require_memory
 
 HEAD_TOLERANCE = 1e-3  # largest difference between head(state) and the model's logits, per unit of logit scale
+ROWS = 256  # states whose logits are held at once
 PROBE = "The quick brown fox"
 
 
@@ -60,9 +61,14 @@ class Head:
         """The product h W^T + b, where an adapter in vocabulary coordinates is added."""
         return torch.nn.functional.linear(h.to(self.weight.dtype), self.weight, self.bias)
 
+    def mean_probabilities(self, h: Shaped[Tensor, "n d"]) -> Float64[Tensor, "vocab"]:
+        """The mean of the next-token distributions at these states, without all of them at once."""
+        sums = (self(rows).softmax(-1).sum(0, dtype=torch.float64) for rows in h.split(ROWS))
+        return torch.stack(list(sums)).sum(0) / len(h)
+
     def finish(self, product: Shaped[Tensor, "*n vocab"]) -> Shaped[Tensor, "*n vocab"]:
         """Scale and cap."""
-        z = product * self.scale
+        z = product if self.scale == 1 else product * self.scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def unfinish(self, logits: Shaped[Tensor, "n vocab"]) -> Shaped[Tensor, "n vocab"]:
