@@ -95,6 +95,13 @@ def test_parameters_are_typed_literals(path: Path) -> None:
     assert Notebook.read(path).parameters
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_measured_is_asked_whether_it_is_held_out(path: Path) -> None:
+    code = Notebook.read(path).code
+    if "Reference(" in code or "patched_row(" in code:
+        assert "prompts.groups(" in code  # which refuses training prompts
+
+
 @pytest.mark.parametrize("profile", ["micro", "laptop", "original"])
 def test_profile_fits_the_notebooks(profile: str) -> None:
     assert len(plan(ROOT, profile)) == len(NOTEBOOKS)
