@@ -104,7 +104,7 @@ HELD_OUT = [
 ]
 
 
-@pytest.mark.parametrize(("family", "split"), HELD_OUT, ids="-".join)
+@pytest.mark.parametrize(("family", "split"), HELD_OUT)
 def test_nothing_is_measured_on_training_prompts_or_fitted_to_test_prompts(family: str, split: str) -> None:
     train, test = take(family, split, "train", 200), take(family, split, "test", 200)
     with pytest.raises(ValueError, match="is one to fit to: measure on prompts of part 'test'"):
