@@ -37,7 +37,7 @@ from chassis_utils.linalg.regression import (
 from chassis_utils.lm.forward import every_position
 from chassis_utils.lm.model import Head, LanguageModel
 from chassis_utils.lm.states import last_states
-from chassis_utils.metrics import clearly_lower, kl_divergence, standard_error
+from chassis_utils.metrics import Reference, clearly_lower, standard_error
 from chassis_utils.text.prompts import deal
 
 FOLDS = 5
@@ -125,15 +125,16 @@ def fit_gated(
     ranks = [0, *(2**k for k in range(most.bit_length()) if 2**k <= most)] if rank is None else [whole.at(rank).rank]
     labels = torch.as_tensor(folds)
     groups = [str(fold) for fold in labels.tolist()] if groups is None else groups
-    others = {fold: _without(fold, labels, h, logits, head, whole.penalty) for fold in labels.unique().tolist()}
+    kept_out = {fold: labels == fold for fold in labels.unique().tolist()}
+    fitted = {fold: _fit_without(rows, h, logits, head, whole.penalty) for fold, rows in kept_out.items()}
+    experts = {fold: Reference(logits[rows]) for fold, rows in kept_out.items()}
 
     def kl(rank: int | None, length: float) -> Float64[Tensor, "n"]:
         """KL of each row under the fit that has not seen its fold; no rank is the untouched base."""
         values = torch.empty(len(h), dtype=torch.float64)
-        for fold, path in others.items():
-            rows = labels == fold
-            adapter = Adapter.untouched(head) if rank is None else path.at(rank).scaled(length)
-            values[rows] = kl_divergence(logits[rows], adapter.logits(h[rows], head))
+        for fold, rows in kept_out.items():
+            adapter = Adapter.untouched(head) if rank is None else fitted[fold].at(rank).scaled(length)
+            values[rows] = experts[fold].kl(adapter.logits(h[rows], head))
         return values
 
     base = kl(None, 1.0)
@@ -200,10 +201,9 @@ def state_edits(
     return edits, delta.double().mean(0) - edits.mean(0) @ w.T
 
 
-def _without(fold: int, labels: Tensor, h: Tensor, logits: Tensor, head: Head, penalty: float) -> AdapterPath:
-    """The fit to all other folds, which knows nothing of this one but the penalty."""
-    rows = labels != fold
-    return fit_logits(h[rows], logits[rows], head, [0] * int(rows.sum()), penalty)
+def _fit_without(rows: Tensor, h: Tensor, logits: Tensor, head: Head, penalty: float) -> AdapterPath:
+    """The fit to all other rows, which knows nothing of these but the penalty."""
+    return fit_logits(h[~rows], logits[~rows], head, [0] * int((~rows).sum()), penalty)
 
 
 def _smallest_of_the_best(kl: dict[int, Float64[Tensor, "n"]], groups: Sequence[str]) -> int:
