@@ -6,18 +6,37 @@ Both check what they are given before any long work, and end with one sentence w
 import argparse
 import ast
 import hashlib
+import os
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
-from chassis_utils.files import BUILD, ROOT, locate
-from chassis_utils.paper.notebook import Notebook, PlanError, numbered_notebooks
+from chassis_utils.files import BUILD, ROOT, locate, require_folder
+from chassis_utils.paper.notebook import MODEL_PARAMETERS, PROMPT_FILES, Notebook, PlanError, numbered_notebooks
 from chassis_utils.paper.pipeline import StepFailed, execute
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose complaints are one sentence, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise PlanError(f"{message}: see `{self.prog} --help`")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 where it succeeded, 2 where what it was given does not do."""
-    parser = argparse.ArgumentParser(prog="chassis", description=__doc__)
+    try:
+        return _command(arguments)
+    except StepFailed as error:  # the sentence and the number of the cell, without its source
+        lines = str(error).splitlines()
+        print(f"error: {lines[0]} {lines[-1]}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _command(arguments: Sequence[str] | None) -> int:
+    parser = _Parser(prog="chassis", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     fitting = commands.add_parser("fit", help="fit an adapter that makes BASE follow EXPERT")
     fitting.add_argument("base", help="folder or hub id of the frozen model")
@@ -28,21 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     running = commands.add_parser("run", help="execute one notebook: chassis run 21 --base path/to/model")
     running.add_argument("notebook", help="its number or its name")
     options, others = parser.parse_known_args(arguments)
-    try:
-        if options.command == "run":
-            return _run(options.notebook, others)
-        if others:
-            parser.error(f"unknown arguments: {' '.join(others)}")
-        return _fit(options)
-    except (ValueError, OSError, MemoryError, StepFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.command == "run":
+        return _run(options.notebook, others)
+    if others:
+        parser.error(f"unknown arguments: {' '.join(others)}")
+    return _fit(options)
 
 
 def _fit(options: argparse.Namespace) -> int:
     from chassis_utils.text.prompts import read_prompts, texts
 
     lines = texts(read_prompts(options.texts))
+    require_folder(options.out)
     from chassis_utils.adapters.fit import fit  # torch takes seconds: only once the texts can be read
     from chassis_utils.lm.model import load
 
@@ -60,13 +76,31 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     notebook = Notebook.read(paths[0])
     parameters = _parameters(notebook, arguments)
     notebook.check(parameters, "the command line")
+    _check_inputs(parameters)
     run = hashlib.sha256(repr(sorted(parameters.items())).encode()).hexdigest()[:8]  # other parameters, another file
     name = f"{notebook.path.stem}-{run}.ipynb" if parameters else notebook.path.name
     executed = BUILD / "interactive" / "notebooks" / name
     executed.parent.mkdir(parents=True, exist_ok=True)
-    execute(notebook.path, executed, parameters)
+    running = executed.with_name(f".{executed.name}")  # an earlier run stays until this one has succeeded
+    try:
+        execute(notebook.path, running, parameters)
+        os.replace(running, executed)
+    finally:
+        running.unlink(missing_ok=True)
     print(f"executed notebook: {executed}")
     return 0
+
+
+def _check_inputs(parameters: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a checkpoint or a prompt file that the notebook could not read."""
+    from chassis_utils.lm.model import find_folder
+    from chassis_utils.text.prompts import read_prompts
+
+    for name, value in parameters.items():
+        if name in MODEL_PARAMETERS:
+            find_folder(value)
+        elif value and name.endswith(PROMPT_FILES):
+            read_prompts(value)
 
 
 def _parameters(notebook: Notebook, arguments: Sequence[str]) -> dict[str, Any]:
@@ -78,10 +112,13 @@ def _parameters(notebook: Notebook, arguments: Sequence[str]) -> dict[str, Any]:
     for name, value in zip((name.removeprefix("--").replace("-", "_") for name in names), values, strict=True):
         try:
             literal = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that `literal_eval` documents
             literal = value
+        if name in parameters:
+            raise PlanError(f"--{name.replace('_', '-')} is given twice: give it once")
         text = name in notebook.parameters and isinstance(notebook.parameters[name].default, str)
-        parameters[name] = str(locate(value)) if text and locate(value).exists() else value if text else literal
+        there = text and os.path.exists(locate(value))
+        parameters[name] = str(locate(value)) if there else value if text else literal
     return parameters
 
 

@@ -21,6 +21,7 @@ IN_REPOSITORY = (ROOT / "pyproject.toml").is_file()  # an installed wheel has no
 BUILD = ROOT / "build" if IN_REPOSITORY else user_cache_path("chassis-utils")
 CACHE = BUILD / "cache"
 MODELS = ROOT / "models"
+LONGEST_NAME = 255  # bytes of a file's name on common file systems
 
 
 def locate(name: str | Path) -> Path:
@@ -28,11 +29,21 @@ def locate(name: str | Path) -> Path:
 
     Where neither is there, the path from the working directory is returned, for the caller to refuse.
     """
-    here = Path(name).expanduser()
-    if here.exists() or not IN_REPOSITORY:
+    here = Path(os.path.expanduser(name))  # unlike Path's, leaves an unknown `~user` as it is
+    if os.path.exists(here) or not IN_REPOSITORY:  # unlike `Path.exists`, false for a name that is too long
         return here
     shipped = ROOT / here
-    return shipped if shipped.exists() else here
+    return shipped if os.path.exists(shipped) else here
+
+
+def require_folder(path: str | Path) -> None:
+    """Raise `OSError` unless `path` is a folder that files can be written to, or can be made one; nothing is made."""
+    whole = Path(path).absolute()
+    there = next(place for place in (whole, *whole.parents) if os.path.exists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK) or len(os.fsencode(whole.name)) > LONGEST_NAME:
+        raise OSError(
+            f"no folder can be made at {str(path)[:200]!r}: name one that is not there yet, or can be written to"
+        )
 
 
 def write_atomically(path: Path, content: str | bytes) -> Path:

@@ -90,7 +90,7 @@ def test_prompts_of_ones_own_stand_in_for_natural_text(tmp_path: Path) -> None:
     assert all(text.startswith("line number") for text in train | tested)
     assert sets["index", "train"] == prompts.standard_sets(100, 20)["index", "train"]
     own.write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match="has 2 lines, too few to hold some out"):
+    with pytest.raises(ValueError, match="has 2 different lines, too few to hold some out"):
         prompts.standard_sets(100, 20, str(own))
 
 

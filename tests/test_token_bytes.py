@@ -255,7 +255,14 @@ def test_an_unknown_family_is_refused(tmp_path: Path, kind: str) -> None:
         ByteTable.of(path)
 
 
-@pytest.mark.parametrize("decoder", [None, {"type": "Metaspace"}, {"type": "BPEDecoder"}])
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        None,
+        {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never"},
+        {"type": "BPEDecoder", "suffix": ""},
+    ],
+)
 def test_an_unknown_decoder_is_refused(tmp_path: Path, decoder: object) -> None:
     with pytest.raises(ValueError, match=r"a BPE tokenizer with decoder (none|Metaspace|BPEDecoder) does not give"):
         ByteTable.of(changed(tmp_path, "expert-phi", decoder=decoder))
@@ -288,7 +295,10 @@ def test_a_normalizer_that_changes_text_is_refused(tmp_path: Path) -> None:
     [
         ("port-llama", {"pre_tokenizer": {"type": "Whitespace"}}),
         ("expert-phi", {"pre_tokenizer": None}),
-        ("expert-phi", {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}}),
+        (
+            "expert-phi",
+            {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        ),
         ("expert-phi", {"normalizer": {"type": "NFC"}}),
     ],
 )

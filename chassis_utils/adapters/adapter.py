@@ -10,16 +10,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Float64, Shaped
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from chassis_utils.files import write_together
 from chassis_utils.linalg.regression import RankPath
 from chassis_utils.lm.model import Head
+from chassis_utils.lm.tokenizer import read_json
 from chassis_utils.metrics import standard_error
 
 FORMAT = 2  # of the files
@@ -154,8 +156,8 @@ class Adapter:
     def from_pretrained(cls, folder: str | Path, head: Head) -> "Adapter":
         """Read what `save_pretrained` wrote.
 
-        Raises `ValueError` where a file is missing, the format is unknown, or `head` is not the one that the adapter
-        was fitted to.
+        Raises `ValueError` where a file is missing or damaged, the format is unknown, or `head` is not the one that
+        the adapter was fitted to.
         """
         folder = Path(folder)
         for name in (CONFIG, WEIGHTS):
@@ -163,19 +165,57 @@ class Adapter:
                 raise ValueError(
                     f"{folder.name!r} holds no adapter, {name} is missing: name a folder that was saved to"
                 )
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config["format"] != FORMAT:
+        config = read_json(folder / CONFIG)
+        if config.get("format", FORMAT) != FORMAT:
             raise ValueError(f"adapter {folder.name!r} has format {config['format']}, {FORMAT} is read: save it anew")
-        tensors = {name: tensor.double() for name, tensor in load_file(folder / WEIGHTS).items()}
-        held_out = HeldOut(**config["held_out"]) if "held_out" in config else None
-        adapter = cls(space=config["space"], head_fingerprint=config["head"], held_out=held_out, **tensors)
+        try:
+            tensors = load_file(folder / WEIGHTS)
+            held_out = HeldOut(**config["held_out"]) if "held_out" in config else None
+        except (SafetensorError, TypeError) as error:  # TypeError: `held_out` is no object of its four numbers
+            raise _damaged(folder, str(error)) from None
+        _check_content(folder, config, tensors, held_out)
+        doubles = {name: tensor.double() for name, tensor in tensors.items()}
+        adapter = cls(space=config["space"], head_fingerprint=config["head"], held_out=held_out, **doubles)
         adapter.check(head)
         return adapter
 
     def check(self, head: Head) -> None:
-        """Raise `ValueError` for a head that the adapter was not fitted to."""
+        """Raise `ValueError` for a head that the adapter was not fitted to, and factors that do not fit it."""
         if self.head_fingerprint != head.fingerprint:
             raise ValueError(
                 f"this adapter was fitted to the head {self.head_fingerprint}, not to {head.fingerprint}: "
                 "plug it into the base that it was made for, or fit it anew"
             )
+        vocabulary, width = head.weight.shape
+        out = width if self.space == "state" else vocabulary
+        factors = [list(tensor.shape) for tensor in (self.down, self.up, self.shift)]
+        fitting = [[width, self.rank], [out, self.rank], [out]]
+        if factors != fitting or (self.intercept is not None and list(self.intercept.shape) != [vocabulary]):
+            raise ValueError(
+                f"down, up and shift of this adapter are {factors}, where its head takes {fitting} and an intercept "
+                f"of {vocabulary}: save or fit it anew"
+            )
+
+
+def _check_content(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], held_out: HeldOut | None) -> None:
+    """Raise `ValueError` where the two files do not make an adapter together."""
+    lacking = sorted({"format", "space", "rank", "head"} - set(config))
+    if lacking:
+        raise _damaged(folder, f"{CONFIG} lacks {lacking[0]!r}")
+    if config["space"] not in get_args(Space):
+        raise _damaged(folder, f"its space is {config['space']!r}, neither {' nor '.join(get_args(Space))}")
+    if held_out is not None and not all(isinstance(value, int | float) for value in asdict(held_out).values()):
+        raise _damaged(folder, f"held_out holds {asdict(held_out)}")
+    names = set(tensors)
+    if names - {"intercept"} != {"down", "up", "shift"}:
+        raise _damaged(folder, f"{WEIGHTS} holds {', '.join(sorted(names)) or 'nothing'}")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.double()).all()):
+            raise _damaged(folder, f"{name!r} holds {tensor.dtype}, or numbers that are not finite")
+    rank = tensors["down"].shape[-1] if tensors["down"].ndim else 0
+    if config["rank"] != rank or tensors["down"].ndim != 2:
+        raise _damaged(folder, f"its rank is {config['rank']!r} and 'down' is {list(tensors['down'].shape)}")
+
+
+def _damaged(folder: Path, reason: str) -> ValueError:
+    return ValueError(f"adapter {folder.name!r} is damaged ({reason}): save or fit it anew")

@@ -11,6 +11,7 @@ nothing is clearly better. Cost: a few d^3 and n V d multiplications for each fo
 expert.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,7 +39,7 @@ from chassis_utils.lm.forward import every_position
 from chassis_utils.lm.model import Head, LanguageModel
 from chassis_utils.lm.states import last_states
 from chassis_utils.metrics import Reference, clearly_lower, standard_error
-from chassis_utils.text.prompts import deal
+from chassis_utils.text.prompts import deal, require_texts
 
 FOLDS = 5
 LENGTHS = (1.0, 0.5, 0.25)  # of an edit: shares of the fitted one that the gate tries
@@ -86,7 +87,9 @@ def fit_states(
     """Adapters that bring the base's last states `h` to those of an expert with the same head.
 
     `folds` numbers each row's fold. The metric is that of the expert's mean probabilities on these rows.
+    Raises `ValueError` for rows, widths and folds that do not belong together, and rows that are not finite.
     """
+    _check_rows(h, target, head.weight.shape[1], head, folds)
     likely = head.mean_probabilities(target)
     edits = target.double() - h.double()
     return fit_moments(by_fold(h, edits, folds), head, vocabulary_metric(head.weight, likely))
@@ -99,7 +102,11 @@ def fit_logits(
     folds: Sequence[int],
     penalty: float | None = None,
 ) -> AdapterPath:
-    """Adapters that bring the base's logits at states `h` to those of an expert of any kind."""
+    """Adapters that bring the base's logits at states `h` to those of an expert of any kind.
+
+    Raises `ValueError` for rows, widths and folds that do not belong together, and rows that are not finite.
+    """
+    _check_rows(h, logits, len(head.weight), head, folds, chosen=penalty is None)
     likely = logits.softmax(-1).mean(0, dtype=torch.float64)
     edits, intercept = state_edits(head.unfinish(logits) - head.product(h), head, likely)
     return fit_moments(by_fold(h, edits, folds), head, vocabulary_metric(head.weight, likely), penalty, intercept)
@@ -118,8 +125,9 @@ def fit_gated(
     Each fold is judged by fits to the others, on its real KL: ranks 0, 1, 2, 4, ... unless `rank` is given, then
     `LENGTHS` of the rank that does best. Of ranks within a tenth of a standard error the smallest is taken. Where the
     KL of none is below the untouched base's by more than a standard error (rows of one of `groups`, or of a fold,
-    counting as one), the adapter edits nothing.
+    counting as one), the adapter edits nothing. Raises `ValueError` as `fit_logits`, and for a rank above the width.
     """
+    _check_rank(rank, head, groups, len(h))
     whole = fit_logits(h, logits, head, folds)
     most = len(whole.path.singular_values)
     ranks = [0, *(2**k for k in range(most.bit_length()) if 2**k <= most)] if rank is None else [whole.at(rank).rank]
@@ -137,8 +145,7 @@ def fit_gated(
             values[rows] = experts[fold].kl(adapter.logits(h[rows], head))
         return values
 
-    base = kl(None, 1.0)
-    by_rank = {tried: kl(tried, 1.0) for tried in ranks}
+    base, by_rank = kl(None, 1.0), {tried: kl(tried, 1.0) for tried in ranks}
     best = _smallest_of_the_best(by_rank, groups)
     by_length = {1.0: by_rank[best]} | {length: kl(best, length) for length in LENGTHS if length != 1.0}
     length = min(by_length, key=lambda tried: float(by_length[tried].mean()))
@@ -161,8 +168,8 @@ def fit(
     byte-exact bridge) or any `Expert`. Of more than `positions` tokens that many are taken, evenly. Rank and penalty
     are chosen on folds of whole texts; `held_out` of the result says what it does on texts that it was not fitted to.
 
-    Raises `ValueError` for fewer than two texts, texts that cannot be read and models that cannot be joined,
-    `MemoryError` where the logits do not fit.
+    Raises `TypeError` for what are no models or texts, `ValueError` for fewer than two texts, texts that cannot be
+    read, a rank beyond the width and models that cannot be joined, `MemoryError` where the logits do not fit.
 
     >>> from chassis_utils import fit, load
     >>> base, expert = load("models/port-llama"), load("models/sibling-math")
@@ -170,7 +177,8 @@ def fit(
     >>> adapter.held_out.gap_closed > 0.5
     True
     """
-    texts = list(dict.fromkeys(texts))
+    _check_request(base, expert, rank, positions)
+    texts = list(dict.fromkeys(require_texts(texts)))
     if len(texts) < 2:
         raise ValueError(f"{len(texts)} different texts leave none to hold out: give at least two, better hundreds")
     if isinstance(expert, LanguageModel):
@@ -201,6 +209,38 @@ def state_edits(
     return edits, delta.double().mean(0) - edits.mean(0) @ w.T
 
 
+def _check_rows(h: Tensor, wanted: Tensor, out: int, head: Head, folds: Sequence[int], chosen: bool = True) -> None:
+    """Refuse states and what is wanted at them that do not fit the head, each other, or the folds to choose on."""
+    shapes, fitting = [list(h.shape), list(wanted.shape)], [[len(h), head.weight.shape[1]], [len(h), out]]
+    if shapes != fitting or len(folds) != len(h):
+        raise ValueError(
+            f"states and targets are {shapes} with {len(folds)} folds, where this head takes {fitting} and "
+            f"{len(h)} folds: give one row and one fold for each position"
+        )
+    bad = (~torch.isfinite(wanted).all(-1)).nonzero()
+    if len(bad):
+        raise ValueError(f"row {int(bad[0])} of the targets is not finite: leave that position out")
+    if chosen and len(set(folds)) < 2:
+        raise ValueError(f"all {len(h)} rows are of one fold, so nothing can be held out: number two folds at least")
+
+
+def _check_request(base: object, expert: object, rank: int | None, positions: int) -> None:
+    if not isinstance(base, LanguageModel) or not isinstance(expert, LanguageModel | Expert):
+        wrong = expert if isinstance(base, LanguageModel) else base
+        raise TypeError(f"{wrong!r:.60} is no loaded model: give what `load` returns for its folder or hub id")
+    if not isinstance(positions, int) or positions < 2:
+        raise ValueError(f"{positions!r} positions leave none to hold out: ask for two at least, better thousands")
+    _check_rank(rank, base.head)
+
+
+def _check_rank(rank: int | None, head: Head, groups: Sequence[str] | None = None, rows: int = 0) -> None:
+    limit = head.weight.shape[1]
+    if rank is not None and (not isinstance(rank, int) or not 0 <= rank <= limit):
+        raise ValueError(f"rank {rank!r} is beyond the limit: states of this width give ranks 0 to {limit}")
+    if groups is not None and len(groups) != rows:
+        raise ValueError(f"{len(groups)} groups for {rows} rows: give one for each row, or none")
+
+
 def _fit_without(rows: Tensor, h: Tensor, logits: Tensor, head: Head, penalty: float) -> AdapterPath:
     """The fit to all other rows, which knows nothing of these but the penalty."""
     return fit_logits(h[~rows], logits[~rows], head, [0] * int((~rows).sum()), penalty)
@@ -214,9 +254,12 @@ def _smallest_of_the_best(kl: dict[int, Float64[Tensor, "n"]], groups: Sequence[
 
 
 def _spread(places: list[list[int]], most: int) -> list[list[int]]:
-    """At most so many of all positions, evenly over the texts."""
-    total = sum(map(len, places))
-    if total <= most:
-        return places
-    numbers = iter(range(total))
-    return [[place for place in row if (next(numbers) * most) % total < most] for row in places]
+    """At most so many of all positions, evenly over the texts; `ValueError` where two texts have none."""
+    total, numbers = sum(map(len, places)), itertools.count()
+    spread = [[place for place in row if (next(numbers) * most) % total < most or total <= most] for row in places]
+    fitted_at = sum(map(bool, spread))
+    if fitted_at < 2:
+        raise ValueError(
+            f"{fitted_at} of {len(places)} texts have tokens to fit at: give two at least, and longer ones"
+        )
+    return spread

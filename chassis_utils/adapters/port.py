@@ -99,6 +99,8 @@ class Port:
     """
 
     def __init__(self, model: LanguageModel) -> None:
+        if not isinstance(model, LanguageModel):
+            raise TypeError(f"{model!r:.60} is no loaded model: give what `load` returns for its folder or hub id")
         self.model = model
         self._plugged: dict[str, dict[Space, _Edit]] = {}
         self._selections: list[_Selection] = []  # of the `with` blocks that are open, the innermost last
@@ -121,6 +123,8 @@ class Port:
         """
         if name in self._plugged:
             raise ValueError(f"an adapter is plugged in as {name!r} already: unplug it first, or use another name")
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"{adapter!r:.60} is no adapter: give what `fit` or `Adapter.from_pretrained` returns")
         adapter.check(self.model.head)
         weight = self._output.get_parameter("weight")
 

@@ -73,7 +73,9 @@ class Task:
 
 
 def fit_stack(task: Task, layers: Sequence[int], ranks: Sequence[int]) -> Stack:
-    """A stack at `layers`, the last of which is the head's, with the given ranks."""
+    """A stack at `layers`, the last of which is the head's, with the given ranks; `ValueError` for another number."""
+    if not layers or len(layers) != len(ranks):
+        raise ValueError(f"{len(layers)} layers and {len(ranks)} ranks make no stack: give one rank for each layer")
     states, penalty = task.start
     best = _Trial.of(task, {}, states, ranks[-1], penalty)
     for layer, rank in zip(layers[:-1], ranks[:-1], strict=True):

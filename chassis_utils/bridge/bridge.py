@@ -68,6 +68,10 @@ class Bridge:
 
         Raises `ValueError` for another width than the expert's and rows that are no distribution.
         """
+        if p.ndim != 2 or not len(p) or not p.is_floating_point():
+            raise ValueError(
+                f"a tensor {list(p.shape)} of {p.dtype} holds no rows of probabilities: pass one for each text"
+            )
         if p.shape[1] != len(self.first):
             raise ValueError(
                 f"{p.shape[1]} probabilities, but the expert has {len(self.first)} tokens: pass all of them"

@@ -69,6 +69,10 @@ def trace(bridge: Bridge, expert: NextToken, text: str, budgets: Sequence[int], 
     """What `look_ahead` has found when each of the rising `budgets` of calls is spent, in one search."""
     if not text:
         raise ValueError("there is no text before the token to predict: give a context")
+    if list(budgets) != sorted(budgets) or min(budgets, default=0) < 0:
+        raise ValueError(f"budgets {list(budgets)} of one search do not rise from 0 or more: sort them")
+    if not 0 <= delta <= 1:
+        raise ValueError(f"delta {delta} is no mass: give 0 to 1")
     search = _Search(bridge, text, delta)
     search.start(bridge.text_only(expert([[]])).double()[0])
     used, results = 0, []

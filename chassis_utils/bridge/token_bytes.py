@@ -10,6 +10,7 @@ Main formula: join(encode(text)) = text. Cost: a second for a vocabulary of 50 0
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from chassis_utils.files import locate
+from chassis_utils.lm.tokenizer import ABSENT, build, read_json
 
 BYTE_LEVEL, BYTE_FALLBACK = "byte-level", "byte-fallback"
+OTHER_FAMILIES = ("Unigram", "WordPiece", "WordLevel")  # which no table is made of
 SPACE = "\u2581"  # how byte-fallback tokenizers write a space
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>")
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -68,6 +71,11 @@ class ByteTable:
         end = next((special[name] for name in END_OF_TEXT if name in special), None)
         if family == BYTE_LEVEL:
             return cls(tuple(pieces), end, family)
+        lacking = [name for byte in range(256) if (name := f"<0x{byte:02X}>") not in vocabulary]
+        if lacking:
+            raise ValueError(
+                f"a {family} tokenizer without piece {lacking[0]!r} cannot write every text: use it as its model came"
+            )
         byte_ids = tuple(vocabulary[f"<0x{byte:02X}>"] for byte in range(256))
         return cls(tuple(pieces), end, family, byte_ids, _prefix(layout))
 
@@ -84,19 +92,23 @@ class ByteTable:
 
 
 def read_layout(source: Source) -> dict:
-    """The content of a `tokenizer.json`; `ValueError` where there is none."""
+    """The content of a `tokenizer.json`; `ValueError` where there is none, or a damaged one."""
     if isinstance(source, Tokenizer):
         return json.loads(source.to_str())
     path = locate(source)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
+    path = path / "tokenizer.json" if os.path.isdir(path) else path
+    if not os.path.isfile(path):
         raise ValueError(f"tokenizer {str(path)!r} does not exist: name a tokenizer.json or its folder")
-    return json.loads(path.read_text(encoding="utf-8"))
+    layout = ABSENT | read_json(path)
+    if not isinstance(layout.get("model"), dict) or layout["model"].get("type") not in OTHER_FAMILIES:
+        build(layout, str(path))  # its checks
+    return layout
 
 
 def _family(layout: dict) -> str:
-    kind, decoder = layout["model"]["type"], layout["decoder"] or {}
-    steps = {step["type"] for step in decoder.get("decoders", [decoder]) if step}
+    kind, decoder = layout["model"].get("type"), layout["decoder"]
+    listed = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
+    steps = {step["type"] for step in listed if "type" in step} if isinstance(listed, list) else set()
     if kind == "BPE" and steps == {"ByteLevel"}:
         return BYTE_LEVEL
     if kind == "BPE" and {"Replace", "ByteFallback"} <= steps and layout["model"].get("byte_fallback"):

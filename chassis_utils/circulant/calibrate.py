@@ -47,7 +47,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("absolute", "every_token") and value is not None and not value > 0:
+            if name in ("absolute", "every_token") or (name == "patience" and value is None):
+                continue
+            if not isinstance(value, int | float if name == "rate" else int):
+                raise TypeError(f"{name} {value!r} is a {type(value).__name__}: give a number, whole but for the rate")
+            if not value > 0:
                 raise ValueError(f"{name} {value} is not above zero: give a larger one")
 
 

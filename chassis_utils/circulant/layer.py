@@ -45,9 +45,11 @@ def fastest_path(tokens: int, block_size: int, dtype: torch.dtype) -> ProductPat
 
 
 def check_block_size(block_size: int, in_features: int, out_features: int) -> None:
-    """Raise `ValueError` for a block size below 1, or above both sizes: it would only pad."""
+    """Raise `ValueError` for sizes below 1, and a block size above both others: it would only pad."""
     limit = max(in_features, out_features)
-    if not 1 <= block_size <= limit:
+    if min(in_features, out_features) < 1:
+        raise ValueError(f"a layer {in_features} -> {out_features} holds nothing: give sizes above zero")
+    if not isinstance(block_size, int) or not 1 <= block_size <= limit:
         raise ValueError(
             f"block size {block_size} does not fit a layer {in_features} -> {out_features}: use 1 to {limit}"
         )
@@ -111,9 +113,13 @@ class BlockCirculantLinear(nn.Module):
         return layer
 
     def forward(self, x: Float[Tensor, "*batch {self.in_features}"]) -> Float[Tensor, "*batch {self.out_features}"]:
-        """C x + bias; `ValueError` for another dtype than that of the parameters, as `nn.Linear` refuses it."""
+        """C x + bias; `ValueError` for another dtype or width than that of the parameters, as of `nn.Linear`."""
         if x.dtype != self.c.dtype:
             raise ValueError(f"the input is {x.dtype}, this layer {self.c.dtype}: convert one of them")
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the input has {x.shape[-1]} features, this layer reads {self.in_features}: check its place"
+            )
         _, q, block = self.c.shape
         if self.in_features < q * block:
             x = nn.functional.pad(x, (0, q * block - self.in_features))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from chassis_utils.circulant.layer import check_block_size
 from chassis_utils.linalg.moments import Moments
 from chassis_utils.linalg.regression import RankPath, reduced_rank
 
@@ -26,7 +27,9 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         limit = min(in_features, out_features)
-        if not 0 <= rank <= limit:
+        if limit < 1:
+            raise ValueError(f"a layer {in_features} -> {out_features} holds nothing: give sizes above zero")
+        if not isinstance(rank, int) or not 0 <= rank <= limit:
             raise ValueError(f"rank {rank} does not fit a layer {in_features} -> {out_features}: use 0 to {limit}")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.down = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=dtype))
@@ -66,6 +69,7 @@ def layer_at_rank(linear: nn.Linear, path: RankPath, rank: int) -> LowRankLinear
 
 
 def equal_rank(linear: nn.Linear, block_size: int) -> int:
-    """The largest rank, at least 1, with no more weights than blocks of that size hold."""
+    """The largest rank, at least 1, with no more weights than blocks of that size hold; `ValueError` as of them."""
+    check_block_size(block_size, linear.in_features, linear.out_features)
     p, q = (-(-size // block_size) for size in linear.weight.shape)
     return max(1, p * q * block_size // sum(linear.weight.shape))

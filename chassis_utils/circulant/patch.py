@@ -44,8 +44,8 @@ def mlp_projections(network: PreTrainedModel, layer: int) -> dict[str, nn.Module
     """
     path = blocks_path(network)
     blocks = network.get_submodule(path)
-    if not 0 <= layer < len(blocks):
-        raise ValueError(f"there is no layer {layer}: this network has layers 0 to {len(blocks) - 1}")
+    if layer not in range(len(blocks)):
+        raise ValueError(f"there is no layer {layer!r}: this network has layers 0 to {len(blocks) - 1}")
     block, prefix = blocks[layer], f"{path}.{layer}"
     name = next((name for name in MLP if hasattr(block, name)), None)
     if name is None:
@@ -112,6 +112,10 @@ def patch(network: PreTrainedModel, replacements: Mapping[str, nn.Module]) -> Pa
     Raises `ValueError`, with nothing changed, for a path that the network does not have or
     that holds no linear layer, and for sizes that differ from those of the layer there.
     """
+    if not isinstance(network, nn.Module):
+        raise TypeError(
+            f"a {type(network).__name__} has no layers to be replaced: give the `network` of a loaded model"
+        )
     present = dict(network.named_modules())
     for path, module in replacements.items():
         if path not in present:

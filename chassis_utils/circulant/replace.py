@@ -10,7 +10,7 @@ Cost: that of `activations` and the moments of `closed_form`; memory that of the
 replacements are fitted once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial, reduce
 from importlib.metadata import version
 from operator import add
@@ -62,6 +62,8 @@ def replacements(
     """
     if how not in (*FIXED, *FITTED):
         raise ValueError(f"replacement {how!r} is unknown: use one of {', '.join((*FIXED, *FITTED))}")
+    if not isinstance(layers, Iterable) or not list(layers):
+        raise ValueError(f"layers {layers!r} name none to be replaced: give a list of at least one number")
     mlps = [mlp_projections(model.network, layer) for layer in sorted(set(layers))]
     if how == "zero":
         return {path: _nothing(as_linear(module)) for path, module in (list(mlp.items())[-1] for mlp in mlps)}

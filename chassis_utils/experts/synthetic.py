@@ -30,8 +30,10 @@ class SyntheticExpert:
 
     @classmethod
     def draw(cls, width: int, rank: int, seed: int = 0) -> "SyntheticExpert":
-        """Factors drawn from N(0, 0.01^2); the seed alone decides them."""
-        if not 1 <= rank <= width:
+        """Factors drawn from N(0, 0.01^2); the seed alone decides them. `ValueError` for a rank beyond the width."""
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"{seed!r} is no seed: give a whole number from 0 to 2**63 - 1")
+        if not isinstance(rank, int) or not 1 <= rank <= width:
             raise ValueError(f"expert rank {rank} does not fit states of width {width}: use 1 to {width}")
         generator = torch.Generator().manual_seed(seed)
         u, v = torch.randn(2, width, rank, generator=generator, dtype=torch.float64) * SPREAD
@@ -49,8 +51,10 @@ class SyntheticExpert:
         """The same expert with the strength at which KL(expert || base) is `kl` nats on `h`.
 
         The strength is bracketed by doubling and found by Brent's method to 1 part in ten thousand.
-        Raises `ValueError` for an effect that no strength has.
+        Raises `ValueError` for an effect that no strength has, and for no states.
         """
+        if not kl >= 0 or not len(h):
+            raise ValueError(f"an effect of {kl} nats on {len(h)} states is none: ask for 0 or more on at least one")
         base = head(h)
         low, high = 0.0, 1.0
         while self._effect(high, head, h, base) < kl:

@@ -11,6 +11,7 @@ Everything is float64; systems are solved by Cholesky, by the symmetric eigendec
 where that fails, never by an inverse. Cost: a few d^3, whatever n.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -205,9 +206,9 @@ def vocabulary_metric(
 
 
 def check_penalty(penalty: float, samples: float, unknowns: int) -> None:
-    """Raise `ValueError` for a negative ridge, and for fewer samples than unknowns without one."""
-    if penalty < 0:
-        raise ValueError(f"ridge {penalty} is negative: use zero or more")
+    """Raise `ValueError` for a ridge that is negative or infinite, and fewer samples than unknowns without one."""
+    if not 0 <= penalty < math.inf:
+        raise ValueError(f"ridge {penalty} is {'negative' if penalty < 0 else 'not finite'}: use zero or more")
     if penalty == 0 and samples < unknowns:
         raise ValueError(
             f"{int(samples)} samples do not determine {unknowns} unknowns without a ridge: "

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from chassis_utils.lm.forward import pad
 from chassis_utils.lm.model import LanguageModel
 from chassis_utils.metrics import standard_error
+from chassis_utils.text.prompts import require_texts
 
 WINDOW, CONTEXT = 256, 64  # tokens read at a time; of these, context in every window but the first
 BATCH = 16  # windows of one forward pass
@@ -45,12 +46,15 @@ class BitsPerByte:
 
 
 def bits_per_byte(model: LanguageModel, texts: Sequence[str]) -> BitsPerByte:
-    """Bits of each text under the model; special tokens are read but not scored.
+    """Bits of each text under the model; special tokens are read but not scored. `ValueError` for an empty text.
 
     >>> from chassis_utils import bits_per_byte, load
     >>> bits_per_byte(load("models/port-llama"), ["Return the mean of the values."]).mean < 3
     True
     """
+    texts = require_texts(texts)
+    if not texts or "" in texts:
+        raise ValueError("there is no text to be scored, or an empty one among the texts: leave it out")
     windows: list[tuple[int, list[int], int]] = []  # document, token ids, first scored position
     for k, ids in enumerate(model.encode(texts)):
         if model.start_token is not None and ids[:1] != [model.start_token]:

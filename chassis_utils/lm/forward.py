@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from chassis_utils.lm.model import LanguageModel
+from chassis_utils.text.prompts import require_texts
 
 BATCH_TOKENS = 4096  # tokens of one forward pass, padding included
 
@@ -70,7 +71,7 @@ def pad(
 def every_position(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text behind which it may be continued: all but special ones and parts of a character."""
     chosen: list[list[int]] = []
-    for encoding in model.tokenizer.encode_batch(list(texts)):
+    for encoding in model.tokenizer.encode_batch(require_texts(texts)):
         ends = [end for _, end in encoding.offsets]
         later = [*ends[1:], len(texts[len(chosen)]) + 1]
         chosen.append([k for k, (end, following) in enumerate(zip(ends, later, strict=True)) if 0 < end < following])
@@ -137,6 +138,8 @@ def continuations(model: LanguageModel, prompts: Sequence[str], tokens: int) -> 
     more of them than keys and values (RWKV reads padding as it reads any token). Raises
     `ValueError` for a prompt without tokens, or one that with `tokens` more exceeds what the model reads.
     """
+    if not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"{tokens!r} tokens are no continuation: ask for one or more")
     ids = encode(model, prompts)
     _check_room(model, prompts, ids, tokens)
     ends = model.network.generation_config.eos_token_id  # a number, several, or None

@@ -8,6 +8,8 @@ tokenizer classes rebuild some of them with other rules for leading spaces.
 import hashlib
 import inspect
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +22,15 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jaxtyping import Float, Float64, Int, Shaped
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from chassis_utils.files import locate
 from chassis_utils.limits import require_memory
+from chassis_utils.lm.checkpoint import check_place, read_network
+from chassis_utils.lm.tokenizer import read_tokenizer
+from chassis_utils.text.prompts import require_texts
 
 HEAD_TOLERANCE = 1e-3  # largest difference between head(state) and the model's logits, per unit of logit scale
 ROWS = 256  # states whose logits are held at once
@@ -153,12 +158,25 @@ class LanguageModel:
         return self.network.device
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens as the tokenizer adds them, neither padded nor cut."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts))]
+        """Token ids of each text, special tokens as the tokenizer adds them, neither padded nor cut.
+
+        Raises `TypeError` and `ValueError` for what `require_texts` refuses, `ValueError` for ids that the model lacks.
+        """
+        texts = require_texts(texts)
+        rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts)]
+        for text, row in zip(texts, rows, strict=True):
+            if max(row, default=0) >= len(self.head.weight):
+                raise ValueError(
+                    f"text {text[:40]!r} has a token of id {max(row)}, {self.name!r} knows {len(self.head.weight)}: "
+                    "use the tokenizer that belongs to the weights"
+                )
+        return rows
 
     @torch.inference_mode()
     def greedy(self, text: str, tokens: int) -> str:
-        """The greedy continuation of `text`, without it."""
+        """The greedy continuation of `text`, without it; `ValueError` for no tokens to read or none to write."""
+        if not isinstance(tokens, int) or tokens < 1 or not self.encode([text])[0]:
+            raise ValueError(f"text {text[:40]!r} is not continued by {tokens!r} tokens: give a text, and one or more")
         ids = torch.tensor(self.encode([text]), device=self.device)
         grown = self.network.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
@@ -174,22 +192,19 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = Non
     256
 
     Raises `ValueError` for a name that is neither, a checkpoint without safetensors or
-    without a tokenizer.json, a head that does not reproduce the model's own logits, and
-    one that reads states of another width than the blocks';
-    `MemoryError` where the weights do not fit.
+    without a tokenizer.json, files that are damaged or do not belong together, a head that does not reproduce the
+    model's own logits, and one that reads states of another width than the blocks'; `MemoryError` where the weights
+    do not fit.
     """
+    check_place(dtype, device := device or default_device())
     folder = find_folder(name)
     if not sys.stderr.isatty():  # bars have no place in notebooks and logs
         logging.disable_progress_bar()
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     size = stored * max(1, dtype.itemsize // 2)  # as if stored in half precision: the most it can grow
     require_memory(size, f"the weights of {name!r}", "use a smaller model or a smaller dtype")
-    device = device or default_device()
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device).eval()
-    network.requires_grad_(False)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    network = read_network(folder, name, dtype).to(device).eval().requires_grad_(False)
     model = LanguageModel(name, fingerprint(folder), network, tokenizer, _head(network))
     _check_head(model)
     return model
@@ -217,7 +232,7 @@ def default_device() -> str:
 def find_folder(name: str) -> Path:
     """The folder that holds a checkpoint: local, or the hub's snapshot; checked for what loading needs."""
     path = locate(name)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         try:
             path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
@@ -282,6 +297,8 @@ def _check_head(model: LanguageModel) -> None:
     rebuilt = model.head(output.hidden_states[-1][0].cpu()).float()
     difference = float((rebuilt - logits).abs().max() / logits.abs().max())
     tolerance = max(HEAD_TOLERANCE, 4 * torch.finfo(model.head.weight.dtype).eps)
+    if not math.isfinite(difference):
+        raise ValueError(f"the logits of {model.name!r} are not finite: use other weights, or torch.float32")
     if difference > tolerance:
         raise ValueError(
             f"the logits of {model.name!r} are not its head applied to its last state (off by {difference:.1e}): "

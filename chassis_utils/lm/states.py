@@ -38,16 +38,13 @@ def collect(
     torch.Size([9, 2, 256])
 
     All layers, 0 to `depth`, unless given. Raises `ValueError` for a text without tokens or longer than the model
-    reads, a position outside its text, and states that are not finite; `OSError` for a full disk and
-    `MemoryError` for too little memory, both before the pass begins.
+    reads, a position outside its text, a layer that there is not, and states that are not finite; `OSError` for a
+    full disk and `MemoryError` for too little memory, both before the pass begins.
     """
     ids = encode(model, texts)
     chosen = [[len(row) - 1] for row in ids] if positions is None else [list(row) for row in positions]
     layers = list(range(model.depth + 1)) if layers is None else list(layers)
-    for text, row, places in zip(texts, ids, chosen, strict=True):
-        outside = [place for place in places if not 0 <= place < len(row)]
-        if outside:
-            raise ValueError(f"position {outside[0]} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
+    _check_places(model, texts, ids, chosen, layers)
     made_by = f"{FORMAT} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
     stored = CACHE / f"states-{content_key(f'{made_by} {ids} {chosen} {layers}')}"
 
@@ -74,6 +71,20 @@ def last_states(
     if positions is None:
         return collect(model, texts)[-1]
     return collect(model, texts, positions, layers=[model.depth])[0]
+
+
+def _check_places(
+    model: LanguageModel, texts: Sequence[str], ids: list[list[int]], chosen: list[list[int]], layers: list[int]
+) -> None:
+    if len(chosen) != len(ids):
+        raise ValueError(f"{len(chosen)} lists of positions for {len(ids)} texts: give one for each text")
+    unknown = [layer for layer in layers if layer not in range(model.depth + 1)]
+    if unknown:
+        raise ValueError(f"there are no states of layer {unknown[0]!r}: {model.name!r} has 0 to {model.depth}")
+    for text, row, places in zip(texts, ids, chosen, strict=True):
+        outside = [place for place in places if place not in range(len(row))]
+        if outside:
+            raise ValueError(f"position {outside[0]} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
 
 
 @torch.inference_mode()

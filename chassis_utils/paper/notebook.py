@@ -7,7 +7,9 @@ reached by import, checkpoints, prompt files and the pinned versions. Cost: mill
 import ast
 import hashlib
 import json
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_PROFILE = "micro"  # the profile whose results are committed and stand in the paper
+
+MODEL_PARAMETERS = ("base", "fft_base", "expert", "sibling")  # a folder or a hub id
+PROMPT_FILES = ("_file", "outside")  # how the names of parameters end that name a file of prompts
 
 
 class PlanError(ValueError):
@@ -28,9 +33,31 @@ class Parameter:
     annotation: ast.expr
     default: Any
 
+    @property
+    def kind(self) -> str:
+        """The declared type, as an error names it."""
+        like = f" with entries as in {self.default}" if isinstance(self.default, list) else ""
+        return ast.unparse(self.annotation) + like
+
     def fits(self, value: Any) -> bool:
-        """Whether a value is of the declared type."""
-        return _fits(value, self.annotation)
+        """Whether a value is of the declared type, and the entries of a list of that of the default's."""
+        kinds = tuple({type(entry) for entry in self.default}) if isinstance(self.default, list) else ()
+        if float in kinds:
+            kinds += (int,)
+        return _fits(value, self.annotation) and (not kinds or all(type(entry) in kinds for entry in value))
+
+    def range_problem(self, value: Any) -> str | None:
+        """Why a value of the right type cannot be meant: sizes, counts and divergences are finite and above zero."""
+        least = self.default if isinstance(self.default, list) else [self.default]
+        entries = value if isinstance(value, list) else [value]
+        if not entries and least:
+            return "which names nothing: give at least one entry"
+        for entry in entries:
+            if type(entry) is float and not math.isfinite(entry):
+                return "which is not finite: give a number"
+            if type(entry) in (int, float) and entry <= 0 and (entry < 0 or 0 not in least):
+                return f"which is {'below' if 0 in least else 'not above'} zero: give a larger number"
+        return None
 
 
 @dataclass(frozen=True)
@@ -79,7 +106,7 @@ class Notebook:
         return {name: parameter.default for name, parameter in self.parameters.items()}
 
     def check(self, values: Mapping[str, Any], source: str) -> None:
-        """Raise `PlanError` where `source` sets a parameter that this notebook lacks, or one of another type."""
+        """Raise `PlanError` where `source` sets a parameter that this notebook lacks, or to what it cannot mean."""
         for name, value in values.items():
             if name not in self.parameters:
                 raise PlanError(
@@ -88,9 +115,23 @@ class Notebook:
                 )
             if not self.parameters[name].fits(value):
                 raise PlanError(
-                    f"{source} sets {name!r} to {value!r}, but {self.path.name} declares it "
-                    f"as {ast.unparse(self.parameters[name].annotation)}: give a value of that type"
+                    f"{source} sets {name!r} to {value!r:.200}, but {self.path.name} declares it "
+                    f"as {self.parameters[name].kind}: give a value of that type"
                 )
+            problem = self.parameters[name].range_problem(value)
+            if problem:
+                raise PlanError(f"{source} sets {name!r} to {value!r:.200}, {problem}")
+        chosen = self.defaults | dict(values)
+        if "ablated" in chosen and chosen["ablated"] not in chosen["edits"]:
+            raise PlanError(
+                f"{source} leaves 'ablated' at {chosen['ablated']!r}, which is none of the edits {chosen['edits']}: "
+                "set it to one of them"
+            )
+        if not re.fullmatch(r"[\w-]+", chosen.get("profile", DEFAULT_PROFILE)):
+            raise PlanError(
+                f"{source} sets 'profile' to {chosen['profile']!r:.200}, which names no folder of results: "
+                "use letters, digits, - and _"
+            )
 
     def names_given_to(self, function: str, position: int) -> list[str]:
         """The names in calls of `report.<function>`: literal strings, by position or as `name=`."""

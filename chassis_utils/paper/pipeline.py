@@ -72,6 +72,11 @@ def plan(root: Path, profile: str) -> list[Step]:
                 f"profile {profile!r} sets {name!r}, a parameter that no notebook has: "
                 f"remove it or choose one of {', '.join(known)}"
             )
+    if "profile" in known and values.get("profile", DEFAULT_PROFILE) != profile:
+        raise PlanError(
+            f"profile {profile!r} does not name itself, so its tables would pass for another's: "
+            f"add the line `profile: {profile}`"
+        )
     steps = [_step(root, profile, notebook, values) for notebook in notebooks]
     writers: dict[Path, str] = {}
     for step in steps:
@@ -98,10 +103,26 @@ def read_profile(folder: Path, profile: str) -> dict[str, Any]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise PlanError(f"profile {profile!r} is unknown: choose one of {known}, or add {profile}.yaml beside them")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        values = _plain_yaml(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # a date of month 13 is a ValueError
+        reason = " ".join(str(error).split())[:300]
+        raise PlanError(f"{path.name} cannot be read ({reason}): write UTF-8 lines `name: value`") from None
     if not isinstance(values, dict):
-        raise PlanError(f"{path.name} holds {values!r}: a profile is a mapping of parameters to values")
+        raise PlanError(f"{path.name} holds {values!r:.200}: a profile is a mapping of parameters to values, write one")
     return values
+
+
+def _plain_yaml(text: str) -> Any:
+    """What YAML says; `ValueError` where it has anchors or tags, by which a value may be anything, or a name twice."""
+    if any(getattr(event, "anchor", None) or getattr(event, "tag", None) for event in yaml.parse(text)):
+        raise ValueError("it has an anchor, an alias or a tag")
+    root = yaml.compose(text, yaml.SafeLoader)
+    names = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    twice = [name for k, name in enumerate(names) if name in names[:k]]
+    if twice:
+        raise ValueError(f"it sets {twice[0]!r} twice")
+    return yaml.safe_load(text)
 
 
 def run_notebook(step: Step) -> None:

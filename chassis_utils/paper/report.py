@@ -28,11 +28,10 @@ from matplotlib.figure import Figure
 
 from chassis_utils.files import BUILD, ROOT, write_together
 from chassis_utils.paper import tables
-from chassis_utils.paper.notebook import DEFAULT_PROFILE, Notebook, PlanError, numbered_notebooks
+from chassis_utils.paper.notebook import DEFAULT_PROFILE, MODEL_PARAMETERS, Notebook, PlanError, numbered_notebooks
 from chassis_utils.paper.style import theme
 
 VERSIONED = ("torch", "transformers", "numpy", "scipy")
-MODEL_PARAMETERS = ("base", "fft_base", "expert", "sibling")
 INTERACTIVE_NAMES = ("In", "Out", "exit", "quit", "open", "get_ipython")  # that IPython puts into every notebook
 
 _provenance: dict[str, Any] = {}  # set by `stamp`, written beside every result

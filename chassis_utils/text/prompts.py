@@ -12,9 +12,10 @@ test prompts (`fold_numbers`), what is measured refuses training prompts (`group
     document   `natural`, whole documents        group: the document
 """
 
+import os
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -82,6 +83,8 @@ def take(family: str, split: str, part: str, n: int, seed: int = 0) -> list[Prom
     `family` is a name in `FAMILIES` or `natural`. Raises `ValueError` for an unknown name, a
     combination that holds nothing out, and more prompts than keep the parts apart.
     """
+    if not isinstance(n, int):
+        raise TypeError(f"{n!r} is no number of prompts: give a whole number")
     if n < 1:
         raise ValueError(f"{n} prompts of part {part!r} are none: ask for at least one")
     _check(split, SPLITS, "split")
@@ -115,14 +118,43 @@ def standard_sets(n_train: int, n_test: int, prompts_file: str = "") -> dict[tup
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """One prompt a line, blank lines skipped, each its own group; `ValueError` if missing or empty."""
-    path = locate(path)
-    if not path.is_file():
-        raise ValueError(f"prompt file {str(path)!r} does not exist: name a text file with one prompt a line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """One prompt a line, blank lines skipped, each its own group; `ValueError` if missing, empty or no UTF-8 text."""
+    name, path = str(path), locate(path)
+    if not os.path.isfile(path):
+        reason = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise ValueError(f"prompt file {name[:200]!r} {reason}: name a text file with one prompt a line")
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")  # with or without a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"prompt file {name!r} is no UTF-8 text, its byte {error.start} is 0x{content[error.start]:02x}: "
+            "save it as UTF-8, one prompt a line"
+        ) from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise ValueError(f"prompt file {str(path)!r} is empty: write one prompt a line")
+        raise ValueError(f"prompt file {name!r} is empty: write one prompt a line")
+    if "\0" in text:
+        number = next(k for k, line in enumerate(text.splitlines(), 1) if "\0" in line)
+        raise ValueError(
+            f"prompt file {name!r} has a NUL character in line {number}, so it is UTF-16 or no text: save it as UTF-8"
+        )
     return [Prompt(line, content_key(line)) for line in lines]
+
+
+def require_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as a list; `TypeError` for anything but several strings, `ValueError` for one that is no Unicode."""
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise TypeError(f"{texts!r:.60} is no list of texts: put it into a list")
+    texts = list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r:.60} among the texts is of type {type(text).__name__}: give strings alone")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"text {text[:60]!r} holds half a surrogate pair: read it with its encoding") from None
+    return texts
 
 
 def deal(texts: Sequence[str], folds: int = 5) -> list[int]:
@@ -140,6 +172,8 @@ def fold_numbers(prompts: list[Prompt], folds: int = 5) -> list[int]:
     for test prompts, which nothing may be fitted to.
     """
     for prompt in prompts:
+        if not isinstance(prompt, Prompt):
+            raise TypeError(f"{prompt!r:.60} is no `Prompt` with a group: make prompts with `take` or `read_prompts`")
         if prompt.part == "test":
             raise ValueError(f"prompt {prompt.text[:40]!r} is held out for the test: fit to prompts of part 'train'")
     groups = sorted({prompt.group for prompt in prompts})
@@ -210,11 +244,11 @@ def _natural(part: str, n: int, seed: int) -> list[Prompt]:
 def _own(prompts_file: str, part: str, n: int) -> list[Prompt]:
     """Up to `n` lines of a file; which are held out their content decides."""
     lines = read_prompts(prompts_file)
-    held_out = [prompt for prompt in lines if int(prompt.group, 16) % 10 == 0]
-    chosen = held_out if part == "test" else [prompt for prompt in lines if prompt not in held_out]
-    if len(chosen) < 2:
+    chosen = [prompt for prompt in lines if (int(prompt.group, 16) % 10 == 0) == (part == "test")]
+    if len({prompt.group for prompt in chosen}) < 2:
+        count = len({prompt.group for prompt in lines})
         raise ValueError(
-            f"prompt file {prompts_file!r} has {len(lines)} lines, too few to hold some out: give at least a hundred"
+            f"prompt file {prompts_file!r} has {count} different lines, too few to hold some out: give a hundred"
         )
     return [replace(prompt, part=part) for prompt in chosen[:n]]
 

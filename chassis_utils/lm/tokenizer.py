@@ -1,0 +1,67 @@
+"""Reading a `tokenizer.json`, and saying what is wrong with one that is damaged.
+
+The tokenizers library checks the fields. What it lets through though no model can mean it is refused here: two pieces
+under one id, an added token that gets another id than its own, ids far beyond any vocabulary. Cost: a fraction of a
+second.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+MOST_IDS = 2**22  # the largest vocabularies have a quarter of a million
+ABSENT: dict[str, Any] = {
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": None,
+    "post_processor": None,
+    "decoder": None,
+}
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a file, neither padding nor cutting; `ValueError` where the file is damaged."""
+    tokenizer = build(read_json(path), str(path))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; `ValueError` where it holds none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # no Unicode, no JSON, or nested without end
+        raise _damaged(str(path), error) from None
+    if not isinstance(content, dict):
+        raise _damaged(str(path), f"a {type(content).__name__} in the place of an object")
+    return content
+
+
+def build(layout: dict[str, Any], name: str) -> Tokenizer:
+    """The tokenizer of a layout that was read from the file `name`; `ValueError` where it is damaged."""
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(layout))
+    except Exception as error:  # the library has no class of its own for what it refuses
+        raise _damaged(name, error) from None
+    layout = ABSENT | layout
+    pieces: dict[int, str] = {}
+    vocabulary = layout["model"]["vocab"]
+    for piece, token in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if token in pieces:
+            raise _damaged(name, f"{piece!r} and {pieces[token]!r} share id {token}")
+        pieces[token] = piece
+    highest = max(pieces, default=0)
+    if highest > MOST_IDS:
+        raise _damaged(name, f"{pieces[highest]!r} has id {highest}, beyond any vocabulary")
+    for entry in layout["added_tokens"]:
+        token = tokenizer.token_to_id(entry["content"])
+        if token != entry["id"]:
+            raise _damaged(name, f"added token {entry['content']!r} has id {entry['id']} in the file and gets {token}")
+    return tokenizer
+
+
+def _damaged(name: str, reason: object) -> ValueError:
+    return ValueError(f"{name!r} is damaged ({str(reason).partition(chr(10))[0]}): save or download it anew")
