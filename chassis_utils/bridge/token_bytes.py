@@ -20,9 +20,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from chassis_utils.files import locate
-from chassis_utils.lm.tokenizer import ABSENT, build, read_json
+from chassis_utils.lm.tokenizer import build, read_json
 
 BYTE_LEVEL, BYTE_FALLBACK = "byte-level", "byte-fallback"
+MARKS = ("continuing_subword_prefix", "end_of_word_suffix")
 OTHER_FAMILIES = ("Unigram", "WordPiece", "WordLevel")  # which no table is made of
 SPACE = "\u2581"  # how byte-fallback tokenizers write a space
 END_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>")
@@ -99,16 +100,20 @@ def read_layout(source: Source) -> dict:
     path = path / "tokenizer.json" if os.path.isdir(path) else path
     if not os.path.isfile(path):
         raise ValueError(f"tokenizer {str(path)!r} does not exist: name a tokenizer.json or its folder")
-    layout = ABSENT | read_json(path)
-    if not isinstance(layout.get("model"), dict) or layout["model"].get("type") not in OTHER_FAMILIES:
-        build(layout, str(path))  # its checks
-    return layout
+    layout = read_json(path)
+    kind = layout["model"].get("type") if isinstance(layout.get("model"), dict) else None
+    if kind in OTHER_FAMILIES:  # which `_family` refuses as they are
+        return {"decoder": None} | layout
+    return json.loads(build(layout, str(path)).to_str())
 
 
 def _family(layout: dict) -> str:
     kind, decoder = layout["model"].get("type"), layout["decoder"]
     listed = decoder.get("decoders", [decoder]) if isinstance(decoder, dict) else []
-    steps = {step["type"] for step in listed if "type" in step} if isinstance(listed, list) else set()
+    steps = {str(step.get("type")) for step in listed if isinstance(step, dict)} if isinstance(listed, list) else set()
+    marked = next((mark for mark in MARKS if layout["model"].get(mark)), None)
+    if kind == "BPE" and marked:
+        raise ValueError(f"pieces with a {marked} are not the bytes that they stand for: use a tokenizer without one")
     if kind == "BPE" and steps == {"ByteLevel"}:
         return BYTE_LEVEL
     if kind == "BPE" and {"Replace", "ByteFallback"} <= steps and layout["model"].get("byte_fallback"):

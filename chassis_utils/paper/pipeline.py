@@ -107,7 +107,9 @@ def read_profile(folder: Path, profile: str) -> dict[str, Any]:
         values = _plain_yaml(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:  # a date of month 13 is a ValueError
         reason = " ".join(str(error).split())[:300]
-        raise PlanError(f"{path.name} cannot be read ({reason}): write UTF-8 lines `name: value`") from None
+        raise PlanError(
+            f"{path.name} cannot be read ({reason}): write UTF-8 lines of a name, a colon and a value"
+        ) from None
     if not isinstance(values, dict):
         raise PlanError(f"{path.name} holds {values!r:.200}: a profile is a mapping of parameters to values, write one")
     return values
