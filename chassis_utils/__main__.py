@@ -93,7 +93,7 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 def _check_inputs(parameters: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a checkpoint or a prompt file that the notebook could not read."""
-    from chassis_utils.lm.model import find_folder
+    from chassis_utils.lm.checkpoint import find_folder
     from chassis_utils.text.prompts import read_prompts
 
     for name, value in parameters.items():

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from chassis_utils.files import BUILD, MODELS, write_atomically
-from chassis_utils.lm.model import fingerprint
+from chassis_utils.lm.checkpoint import fingerprint
 from chassis_utils.text.corpus import content_key, read_documents
 from checkpoint_card import write_checkpoint
 from generated_text import arithmetic, exercises, explanations

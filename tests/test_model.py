@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from chassis_utils.files import ROOT
-from chassis_utils.lm.model import Head, LanguageModel, describe, find_folder, fingerprint, load
+from chassis_utils.lm.checkpoint import find_folder, fingerprint
+from chassis_utils.lm.model import Head, LanguageModel, describe, load
 
 GROUPED = SIZES | {"num_key_value_heads": 1}
 HEADS = {

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float64, Shaped
+from jaxtyping import Bool, Float64, Shaped
 from torch import Tensor
 
 from chassis_utils.adapters.adapter import Adapter, HeldOut
@@ -133,16 +133,14 @@ def fit_gated(
     ranks = [0, *(2**k for k in range(most.bit_length()) if 2**k <= most)] if rank is None else [whole.at(rank).rank]
     labels = torch.as_tensor(folds)
     groups = [str(fold) for fold in labels.tolist()] if groups is None else groups
-    kept_out = {fold: labels == fold for fold in labels.unique().tolist()}
-    fitted = {fold: _fit_without(rows, h, logits, head, whole.penalty) for fold, rows in kept_out.items()}
-    experts = {fold: Reference(logits[rows]) for fold, rows in kept_out.items()}
+    kept_out = [_KeptOut.of(labels == fold, h, logits, head, whole.penalty) for fold in labels.unique()]
 
     def kl(rank: int | None, length: float) -> Float64[Tensor, "n"]:
         """KL of each row under the fit that has not seen its fold; no rank is the untouched base."""
         values = torch.empty(len(h), dtype=torch.float64)
-        for fold, rows in kept_out.items():
-            adapter = Adapter.untouched(head) if rank is None else fitted[fold].at(rank).scaled(length)
-            values[rows] = experts[fold].kl(adapter.logits(h[rows], head))
+        for fold in kept_out:
+            adapter = Adapter.untouched(head) if rank is None else fold.path.at(rank).scaled(length)
+            values[fold.rows] = fold.expert.kl(adapter.logits(h[fold.rows], head))
         return values
 
     base, by_rank = kl(None, 1.0), {tried: kl(tried, 1.0) for tried in ranks}
@@ -241,9 +239,18 @@ def _check_rank(rank: int | None, head: Head, groups: Sequence[str] | None = Non
         raise ValueError(f"{len(groups)} groups for {rows} rows: give one for each row, or none")
 
 
-def _fit_without(rows: Tensor, h: Tensor, logits: Tensor, head: Head, penalty: float) -> AdapterPath:
-    """The fit to all other rows, which knows nothing of these but the penalty."""
-    return fit_logits(h[~rows], logits[~rows], head, [0] * int((~rows).sum()), penalty)
+@dataclass(frozen=True)
+class _KeptOut:
+    """A fold, and the fit to all other rows, which knows nothing of this fold but the penalty."""
+
+    rows: Bool[Tensor, "n"]
+    path: AdapterPath
+    expert: Reference
+
+    @classmethod
+    def of(cls, rows: Tensor, h: Tensor, logits: Tensor, head: Head, penalty: float) -> "_KeptOut":
+        others = fit_logits(h[~rows], logits[~rows], head, [0] * int((~rows).sum()), penalty)
+        return cls(rows, others, Reference(logits[rows]))
 
 
 def _smallest_of_the_best(kl: dict[int, Float64[Tensor, "n"]], groups: Sequence[str]) -> int:

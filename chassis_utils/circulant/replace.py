@@ -70,17 +70,24 @@ def replacements(
     modules = {path: module for mlp in mlps for path, module in mlp.items()}
     if how in FIXED:
         return {path: _of_weights(as_linear(module), block_size, how) for path, module in modules.items()}
+    stored = _fitted_once(model, layers, block_size, how, prompts, sequential)
+    return {path: _restored(as_linear(module), path, stored) for path, module in modules.items()}
+
+
+def _fitted_once(
+    model: LanguageModel, layers: Sequence[int], block_size: int, how: str, prompts: Sequence[Prompt], sequential: bool
+) -> dict[str, Tensor]:
+    """The parameters of fitted layers, from the cache where they have been fitted before."""
     made_by = f"{_code()} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
     fitted_on = [(prompt.text, prompt.group) for prompt in prompts]
-    key = content_key(f"{made_by} {sorted(modules)} {block_size} {how} {sequential} {fitted_on}")
+    key = content_key(f"{made_by} {sorted(set(layers))} {block_size} {how} {sequential} {fitted_on}")
 
     def fit_all() -> bytes:
         fitted = _fitted_in_order(model, layers, block_size, how, prompts, sequential)
         tensors = {f"{path}.{name}": t for path, layer in fitted.items() for name, t in layer.state_dict().items()}
         return save({name: tensor.cpu() for name, tensor in tensors.items()})
 
-    stored = load(cached(CACHE / f"replaced-{key}", fit_all))
-    return {path: _restored(as_linear(module), path, stored) for path, module in modules.items()}
+    return load(cached(CACHE / f"replaced-{key}", fit_all))
 
 
 @cache

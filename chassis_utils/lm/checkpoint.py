@@ -1,14 +1,48 @@
-"""A network with all of its weights from a checkpoint's folder, or what is wrong with the folder. Cost: reading it."""
+"""The folder of a checkpoint, and the network with all of its weights from it, or what is wrong with it."""
 
+import hashlib
+import os
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from chassis_utils.files import locate
 from chassis_utils.lm.tokenizer import read_json
+
+
+def find_folder(name: str) -> Path:
+    """The folder that holds a checkpoint: local, or the hub's snapshot; checked for what loading needs."""
+    path = locate(name)
+    if not os.path.isdir(path):
+        try:
+            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            raise ValueError(
+                f"model {name!r} is neither a folder nor a hub model that can be reached: "
+                "give a folder that holds one, or a hub id and a network"
+            ) from error
+    if not list(path.glob("*.safetensors")):
+        pickles = [file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in path.glob(f"*.{suffix}")]
+        kind = f"only a pickle ({pickles[0]}), which can run code when read" if pickles else "no weights"
+        raise ValueError(f"checkpoint {name!r} holds {kind}: convert it to safetensors")
+    for needed in ("config.json", "tokenizer.json"):
+        if not (path / needed).is_file():
+            raise ValueError(f"checkpoint {name!r} has no {needed}: save it beside the weights")
+    return path
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits from the contents of config, tokenizer and weights."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def check_place(dtype: torch.dtype, device: str) -> None:

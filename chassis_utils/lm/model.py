@@ -9,16 +9,12 @@ import hashlib
 import inspect
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float, Float64, Int, Shaped
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -26,9 +22,8 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
-from chassis_utils.files import locate
 from chassis_utils.limits import require_memory
-from chassis_utils.lm.checkpoint import check_place, read_network
+from chassis_utils.lm.checkpoint import check_place, find_folder, fingerprint, read_network
 from chassis_utils.lm.tokenizer import read_tokenizer
 from chassis_utils.text.prompts import require_texts
 
@@ -227,36 +222,6 @@ def blocks_path(network: PreTrainedModel) -> str:
 def default_device() -> str:
     """`cuda` where there is a GPU, else `cpu`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def find_folder(name: str) -> Path:
-    """The folder that holds a checkpoint: local, or the hub's snapshot; checked for what loading needs."""
-    path = locate(name)
-    if not os.path.isdir(path):
-        try:
-            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise ValueError(
-                f"model {name!r} is neither a folder nor a hub model that can be reached: "
-                "give a folder that holds one, or a hub id and a network"
-            ) from error
-    if not list(path.glob("*.safetensors")):
-        pickles = [file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in path.glob(f"*.{suffix}")]
-        kind = f"only a pickle ({pickles[0]}), which can run code when read" if pickles else "no weights"
-        raise ValueError(f"checkpoint {name!r} holds {kind}: convert it to safetensors")
-    for needed in ("config.json", "tokenizer.json"):
-        if not (path / needed).is_file():
-            raise ValueError(f"checkpoint {name!r} has no {needed}: save it beside the weights")
-    return path
-
-
-def fingerprint(folder: Path) -> str:
-    """16 hex digits from the contents of config, tokenizer and weights."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def describe(model: LanguageModel) -> dict[str, object]:
