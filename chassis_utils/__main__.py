@@ -93,14 +93,15 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 def _check_inputs(parameters: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a checkpoint or a prompt file that the notebook could not read."""
-    from chassis_utils.lm.checkpoint import find_folder
     from chassis_utils.text.prompts import read_prompts
 
     for name, value in parameters.items():
-        if name in MODEL_PARAMETERS:
-            find_folder(value)
-        elif value and name.endswith(PROMPT_FILES):
+        if value and name.endswith(PROMPT_FILES):
             read_prompts(value)
+    for name in (name for name in MODEL_PARAMETERS if name in parameters):
+        from chassis_utils.lm.checkpoint import find_folder  # torch takes seconds
+
+        find_folder(parameters[name])
 
 
 def _parameters(notebook: Notebook, arguments: Sequence[str]) -> dict[str, Any]:

@@ -225,7 +225,9 @@ def _check_rows(h: Tensor, wanted: Tensor, out: int, head: Head, folds: Sequence
 def _check_request(base: object, expert: object, rank: int | None, positions: int) -> None:
     if not isinstance(base, LanguageModel) or not isinstance(expert, LanguageModel | Expert):
         wrong = expert if isinstance(base, LanguageModel) else base
-        raise TypeError(f"{wrong!r:.60} is no loaded model: give what `load` returns for its folder or hub id")
+        raise TypeError(
+            f"{' '.join(repr(wrong).split()):.60} is no loaded model: give what `load` returns for its folder or hub id"
+        )
     if not isinstance(positions, int) or positions < 2:
         raise ValueError(f"{positions!r} positions leave none to hold out: ask for two at least, better thousands")
     _check_rank(rank, base.head)

@@ -100,7 +100,8 @@ class Port:
 
     def __init__(self, model: LanguageModel) -> None:
         if not isinstance(model, LanguageModel):
-            raise TypeError(f"{model!r:.60} is no loaded model: give what `load` returns for its folder or hub id")
+            shown = " ".join(repr(model).split())
+            raise TypeError(f"{shown:.60} is no loaded model: give what `load` returns for its folder or hub id")
         self.model = model
         self._plugged: dict[str, dict[Space, _Edit]] = {}
         self._selections: list[_Selection] = []  # of the `with` blocks that are open, the innermost last

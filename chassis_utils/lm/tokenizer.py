@@ -40,7 +40,6 @@ def build(layout: dict[str, Any], name: str) -> Tokenizer:
         tokenizer = Tokenizer.from_str(json.dumps(layout))
     except Exception as error:  # the library has no class of its own for what it refuses
         raise _damaged(name, error) from None
-    _check_template(name, json.loads(tokenizer.to_str())["post_processor"])
     pieces: dict[int, str] = {}
     vocabulary = layout["model"]["vocab"]
     for piece, token in vocabulary.items() if isinstance(vocabulary, dict) else ():
@@ -53,6 +52,7 @@ def build(layout: dict[str, Any], name: str) -> Tokenizer:
     for entry in layout.get("added_tokens") or ():
         if not isinstance(entry, dict) or tokenizer.token_to_id(entry["content"]) != entry["id"]:
             raise _damaged(name, f"the added token {entry} gets another id")
+    _check_template(name, json.loads(tokenizer.to_str())["post_processor"])
     return tokenizer
 
 

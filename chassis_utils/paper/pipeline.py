@@ -29,6 +29,7 @@ TABLE_SUFFIXES = (".csv", ".tex", ".md", ".json")  # the last one is the provena
 FIGURE_SUFFIXES = (".pdf", ".png", ".json")
 MOVING = ".moving"  # the ending of a list of what is to be moved, beside the staging folder
 PAPER_DATE = 1_767_225_600  # 2026-01-01, so that equal content compiles to equal bytes
+DEEPEST = 3  # of a profile: a mapping, lists in it, and lists in those
 WHICH_RUN = ("content", "versions")  # of the provenance: who made a result, not what it says
 
 
@@ -75,7 +76,7 @@ def plan(root: Path, profile: str) -> list[Step]:
     if "profile" in known and values.get("profile", DEFAULT_PROFILE) != profile:
         raise PlanError(
             f"profile {profile!r} does not name itself, so its tables would pass for another's: "
-            f"add the line `profile: {profile}`"
+            f"set `profile` to {profile} in its file"
         )
     steps = [_step(root, profile, notebook, values) for notebook in notebooks]
     writers: dict[Path, str] = {}
@@ -100,7 +101,7 @@ def plan(root: Path, profile: str) -> list[Step]:
 def read_profile(folder: Path, profile: str) -> dict[str, Any]:
     """The parameters that a profile sets."""
     path = folder / f"{profile}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, false for a name that is too long
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise PlanError(f"profile {profile!r} is unknown: choose one of {known}, or add {profile}.yaml beside them")
     try:
@@ -116,9 +117,12 @@ def read_profile(folder: Path, profile: str) -> dict[str, Any]:
 
 
 def _plain_yaml(text: str) -> Any:
-    """What YAML says; `ValueError` where it has anchors or tags, by which a value may be anything, or a name twice."""
-    if any(getattr(event, "anchor", None) or getattr(event, "tag", None) for event in yaml.parse(text)):
-        raise ValueError("it has an anchor, an alias or a tag")
+    """What YAML says; `ValueError` where it has a name twice, or anchors, tags or a depth that no parameter needs."""
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST or getattr(event, "anchor", None) or getattr(event, "tag", None):
+            raise ValueError("it has an anchor, an alias, a tag or lists in lists in lists")
     root = yaml.compose(text, yaml.SafeLoader)
     names = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
     twice = [name for k, name in enumerate(names) if name in names[:k]]
@@ -173,7 +177,7 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
     import papermill  # seconds to import: only here, where a notebook really runs
     from papermill.exceptions import PapermillExecutionError
 
-    quiet = {"progress_bar": False, "record_timing": False, "extra_arguments": ["--IPKernelApp.log_level=40"]}
+    quiet = {"progress_bar": False, "record_timing": False, "extra_arguments": ["--IPKernelApp.log_level=50"]}
     try:
         papermill.execute_notebook(notebook, executed, parameters, coalesce_streams=True, **quiet)
     except PapermillExecutionError as error:
