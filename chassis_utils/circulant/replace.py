@@ -79,7 +79,8 @@ def _fitted_once(
 ) -> dict[str, Tensor]:
     """The parameters of fitted layers, from the cache where they have been fitted before."""
     made_by = f"{_code()} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
-    fitted_on = [(prompt.text, prompt.group) for prompt in prompts]
+    folds = fold_numbers(list(prompts))
+    fitted_on = [(prompt.text, fold) for prompt, fold in zip(prompts, folds, strict=True)]
     key = content_key(f"{made_by} {sorted(set(layers))} {block_size} {how} {sequential} {fitted_on}")
 
     def fit_all() -> bytes:
