@@ -1,4 +1,4 @@
-# paper · check · test · lab · refresh · clean; each creates the environment first if it is not there.
+# paper · check · test · lab · refresh · models · clean; each creates the environment first if it is not there.
 # make paper PROFILE=laptop    other models, see notebooks/profiles/
 # make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
 # make test NOTEBOOKS=...      nbval on these notebooks alone
@@ -8,7 +8,7 @@ NOTEBOOKS ?= notebooks
 BIN := .venv/bin
 export PROFILE
 
-.PHONY: paper check test lab refresh install clean
+.PHONY: paper check test lab refresh models install clean
 
 paper: install
 	$(BIN)/pytask $(ARGS)
@@ -30,6 +30,9 @@ lab: install
 refresh: override PROFILE = micro
 refresh: paper
 	$(BIN)/python -m chassis_utils.paper.refresh
+
+models: install
+	$(BIN)/python models/real.py
 
 install: .venv/installed
 
