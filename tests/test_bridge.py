@@ -16,27 +16,30 @@ from hypothesis import strategies as st
 from samples import seeds
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import PhiConfig
+from transformers import LlamaConfig, PhiConfig
 
 from chassis_utils.bridge import look_ahead as search
 from chassis_utils.bridge.bridge import Bridge
 from chassis_utils.bridge.look_ahead import Bridged, Continuations, look_ahead, trace
 from chassis_utils.bridge.segmenter import Segmenter
 from chassis_utils.bridge.token_bytes import BYTE_FALLBACK, BYTE_LEVEL, ByteTable
-from chassis_utils.files import MODELS
+from chassis_utils.files import BUILD, MODELS
 from chassis_utils.lm.model import LanguageModel, load
 
 LETTERS = {BYTE_FALLBACK: "\u2581abcé", BYTE_LEVEL: "Ġabs'!1Ã©"}  # é is one character or two bytes
 TEXTS = (b" ", b"  ", b"a", b" a", b"ab", b"b ", b"c", b"ba", b"\xc3", b"\xa9", "é".encode(), "aé b".encode())
-TEXTS_BYTE_LEVEL = (*TEXTS, b"'", b"s", b"'s", b"!", b"1", b" 1", b"   ")
+TEXTS_BYTE_LEVEL = (*TEXTS, b"'", b"s", b"'s", b"!", b"1", b" 1", b"11", b"   ", b"\x04", b"a\x04")
 CONTEXTS = ("a", "ab a", "c ", "b  ", "x", "é", "ca b", " ")
-CONTEXTS_BYTE_LEVEL = (*CONTEXTS, "a!", "b'", "1 ", "it's")
+CONTEXTS_BYTE_LEVEL = (*CONTEXTS, "a!", "b'", "1 ", "b  1", "it's", "a\x04")
 MANY = 4096  # calls: more than any toy expert needs
 LONGEST = 3  # tokens of a toy expert's text
 
 
 def toy_base(rng: random.Random, family: str, merges: int = 14) -> Tokenizer:
-    """A tokenizer with random merges over a few letters, those of spaces included."""
+    """A tokenizer with random merges over a few letters, those of spaces included.
+
+    A byte-level one has no piece for byte 04, and half of them set every digit apart before they go to bytes.
+    """
     known = list(LETTERS[family])
     rules: list[list[str]] = []
     while len(rules) < merges:
@@ -51,13 +54,16 @@ def toy_base(rng: random.Random, family: str, merges: int = 14) -> Tokenizer:
         (MODELS / ("port-llama" if family == BYTE_FALLBACK else "expert-phi") / "tokenizer.json").read_text()
     )
     layout["model"] |= {"vocab": vocabulary, "merges": rules}
+    if family == BYTE_LEVEL and rng.random() < 0.5:
+        digits = {"type": "Digits", "individual_digits": True}
+        layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, layout["pre_tokenizer"]]}
     return Tokenizer.from_str(json.dumps(layout))
 
 
 def all_signs() -> list[str]:
     """The byte alphabet, read off the shipped tokenizer."""
     layout = json.loads((MODELS / "expert-phi" / "tokenizer.json").read_text())
-    return sorted(piece for piece in layout["model"]["vocab"] if len(piece) == 1)
+    return sorted(piece for piece in layout["model"]["vocab"] if len(piece) == 1 and piece != "Ą")  # but byte 04's
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class Toy:
         """Five random texts, a special token, the end and a padding id."""
         texts = TEXTS if self.family == BYTE_FALLBACK else TEXTS_BYTE_LEVEL
         pieces = self.rng.sample(texts, 5)
-        return ByteTable((None, *pieces, None, None), 6, BYTE_LEVEL)
+        return ByteTable((None, *pieces, None, None), (6,), BYTE_LEVEL)
 
     @cached_property
     def bridge(self) -> Bridge:
@@ -106,13 +112,20 @@ class Toy:
         p = np.random.default_rng([self.seed, *row]).dirichlet(np.full(6, 0.5))
         return np.array([0, *p, 0])
 
+    def writes(self, row: list[int]) -> np.ndarray:
+        """The same without what the base cannot write, byte 04, as if dropped before the softmax."""
+        p = self.next(row)
+        if self.family == BYTE_LEVEL:
+            p = p * [b"\x04" not in (piece or b"") for piece in self.expert.pieces]
+        return p / p.sum()
+
     def __call__(self, rows: list[list[int]]) -> Tensor:
         """The expert."""
         return torch.from_numpy(np.stack([self.next(row) for row in rows]))
 
     def texts(self, row: tuple[int, ...] = (), mass: float = 1.0) -> Iterator[tuple[bytes, float]]:
         """Every text that the expert can write, with its probability."""
-        p = mass * self.next(list(row))
+        p = mass * self.writes(list(row))
         yield b"".join(self.expert.pieces[token] or b"" for token in row), p[6]
         for token in p[:6].nonzero()[0].tolist():
             yield from self.texts((*row, token), p[token])
@@ -197,7 +210,9 @@ def test_one_step_takes_the_first_token_of_the_encoded_text(toy: Toy) -> None:
     found = look_ahead(toy.bridge, lambda _: p, toy.context, 0, 1e-12)
     q, remerged = torch.zeros(2, len(toy.base.table.pieces), dtype=torch.float64)
     start = toy.encode(toy.context.encode())
-    for piece, mass in zip(toy.expert.pieces, p[0], strict=True):
+    for piece, mass in zip(toy.expert.pieces, toy.writes([]), strict=True):
+        if not mass:
+            continue
         whole = toy.encode(toy.context.encode() + (piece or b""))
         kept = whole[: len(start)] == start
         first = whole[len(start)] if kept and piece else toy.base.segment([piece or b"a"])[0][0]
@@ -216,7 +231,7 @@ class Writer:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.table = ByteTable((*(letter.encode() for letter in self.letters), None), 3, BYTE_LEVEL)
+        self.table = ByteTable((*(letter.encode() for letter in self.letters), None), (3,), BYTE_LEVEL)
 
     def next(self, text: str) -> np.ndarray:
         """Probabilities of the letters and of the end."""
@@ -337,6 +352,55 @@ def test_padding_ids_are_dropped_before_the_softmax(shipped: Bridge) -> None:
     torch.testing.assert_close(q.sum(1), torch.ones(3))
 
 
+@pytest.fixture(scope="module")
+def poor() -> Bridge:
+    """From a base without a piece for byte 04 and an expert that writes it, and has two ends."""
+    base = Segmenter.of(toy_base(random.Random(0), BYTE_LEVEL))
+    return Bridge.of(base, ByteTable((b"a", b"\x04", b"b\x04a", b"b", None, None, None), (4, 6), BYTE_LEVEL))
+
+
+def test_what_the_base_cannot_write_is_dropped_before_the_softmax_and_reported(poor: Bridge) -> None:
+    p = torch.tensor([[0.2, 0.1, 0.3, 0.1, 0.1, 0.05, 0.15]], dtype=torch.float64)
+    assert poor.is_text.tolist() == [True, False, False, True, True, False, True]
+    torch.testing.assert_close(poor.lost(p), torch.tensor([0.4], dtype=torch.float64))
+    expected = {poor.base.table.ids_of[b"a"]: 0.2, poor.base.table.ids_of[b"b"]: 0.1, poor.base.table.end: 0.25}
+    for q in (poor.one_step(p)[0][0], look_ahead(poor, lambda rows: p.repeat(len(rows), 1), "x", 0).q):
+        assert {int(v): round(float(q[v]) * 0.55, 12) for v in q.nonzero()[:, 0]} == expected
+
+
+@pytest.mark.parametrize("context", ["x", "a\x04", "\x04"])
+def test_text_that_the_base_cannot_write_stops_no_search(poor: Bridge, context: str) -> None:
+    p = torch.tensor([[0.01, 0.45, 0.45, 0.03, 0.02, 0.02, 0.02]], dtype=torch.float64)
+    found = look_ahead(poor, lambda rows: p.repeat(len(rows), 1), context, 8, 1e-6)
+    assert abs(float(found.q.sum()) - 1) < 1e-9 and found.q[poor.base.table.end] > 0.04 / 0.1 - 1e-6
+
+
+def test_the_ends_of_the_models_are_those_of_the_bridge(build: Callable[..., Path]) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=4096, eos_token_id=[1, 2, 4096], max_position_embeddings=64, **sizes)
+    model = load(str(build(config)))
+    assert model.end_tokens == [1, 2]
+    bridge = Bridge.between(model, model)
+    p = torch.zeros(1, 4096)
+    p[0, 1], p[0, 2], p[0, 300] = 0.25, 0.25, 0.5
+    assert bridge.one_step(p)[0][0, [1, 2, 300]].tolist() == [0.5, 0.0, 0.5]
+
+
+def test_gemmas_vocabulary_goes_to_smollms() -> None:
+    models = BUILD / "models"
+    if not (models / "gemma-3-270m").is_dir() or not (models / "smollm2-135m-instruct").is_dir():
+        pytest.skip("build/models is absent: `make models` writes it")
+    base = Segmenter.of(models / "smollm2-135m-instruct", 49152, [2])
+    expert = ByteTable.of(models / "gemma-3-270m", 262144, [1])
+    expert = ByteTable(expert.pieces[:30_000], expert.ends, BYTE_FALLBACK)  # the whole takes beartype half a minute
+    bridge = Bridge.of(base, expert)
+    assert (int(bridge.unwritable.sum()), int(bridge.first[1]), bool(bridge.is_text[1])) == (21, 2, True)
+    rows = zip(bridge.expert.pieces, bridge.first.tolist(), bridge.is_text.tolist(), strict=True)
+    assert all(piece.startswith(base.table.pieces[first] or b"?") for piece, first, text in rows if piece and text)
+    q, _ = bridge.one_step(torch.full((2, 30_000), 1 / 30_000, dtype=torch.float64))
+    torch.testing.assert_close(q.sum(1), torch.ones(2, dtype=torch.float64))
+
+
 def in_context(bridge: Bridge, p: Tensor, texts: list[str]) -> list[Bridged]:
     """One step behind each context, from an expert that is asked nothing more."""
     return [look_ahead(bridge, lambda _, row=row: row[None], text, 0) for row, text in zip(p, texts, strict=True)]
@@ -354,7 +418,7 @@ def test_runs_of_spaces_remerge_with_the_context(shipped: Bridge) -> None:
 
 def test_a_pre_tokenizer_reads_what_stands_before() -> None:
     base = Segmenter.of(MODELS / "expert-phi")
-    bridge = Bridge.of(base, ByteTable((b"'s", b" x"), None, BYTE_LEVEL))
+    bridge = Bridge.of(base, ByteTable((b"'s", b" x"), (), BYTE_LEVEL))
     quote, contraction, word = (base.table.ids_of[piece] for piece in (b"'", b"'s", b" x"))
     p = torch.tensor([[0.25, 0.75]]).repeat(2, 1)
     after_word, after_sign = in_context(bridge, p, ["it", "it!"])  # "!'" is one word there, and "s" the next
@@ -402,11 +466,11 @@ def test_between_two_models_mass_goes_where_the_bytes_go(
 def test_an_end_of_text_needs_one_in_the_base() -> None:
     base = Segmenter.of(MODELS / "port-llama")
     endless = Segmenter(
-        ByteTable(base.table.pieces, None, BYTE_FALLBACK, base.table.byte_ids), base.tokenizer, base.pairs
+        ByteTable(base.table.pieces, (), BYTE_FALLBACK, base.table.byte_ids), base.tokenizer, base.pairs
     )
     with pytest.raises(ValueError, match="expert has an end-of-text token and the base none: use a base that has one"):
-        Bridge.of(endless, ByteTable((b"a", None), 1, BYTE_LEVEL))
-    Bridge.of(endless, ByteTable((b"a", None), None, BYTE_LEVEL))
+        Bridge.of(endless, ByteTable((b"a", None), (1,), BYTE_LEVEL))
+    Bridge.of(endless, ByteTable((b"a", None), (), BYTE_LEVEL))
 
 
 @pytest.mark.parametrize(

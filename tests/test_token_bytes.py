@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from chassis_utils.bridge.segmenter import Segmenter
-from chassis_utils.bridge.token_bytes import BYTE_FALLBACK, BYTE_LEVEL, ByteTable
-from chassis_utils.files import MODELS, ROOT
+from chassis_utils.bridge.token_bytes import BYTE_FALLBACK, BYTE_LEVEL, ByteTable, byte_alphabet
+from chassis_utils.files import BUILD, MODELS, ROOT
 from chassis_utils.text.corpus import Document
 
 SHARED = ROOT.parent / "shared"
@@ -23,9 +23,11 @@ FOLDERS = {
     "gpt2": SHARED / "tokenizers" / "gpt2",
     "phi2": SHARED / "tokenizers" / "phi2",
     "tinyllama": SHARED / "tokenizers" / "tinyllama",
+    "smollm2": BUILD / "models" / "smollm2-135m-instruct",
+    "gemma3": BUILD / "models" / "gemma-3-270m",
 }
-BASES = [name for name in FOLDERS if name != "phi2"]  # its added tokens are found before any merge
-STRINGS = 17_000  # for each of the six tokenizers: 100 000 together
+BASES = [*(name for name in FOLDERS if name != "phi2"), "digits", "added"]  # added tokens of phi2 change its words
+STRINGS = 17_000  # for each of the first six tokenizers: 100 000 together
 FRAGMENTS = (
     *(
         "the cat",
@@ -75,6 +77,7 @@ FRAGMENTS = (
         "ﬁ",
         "\U0010ffff",
     ),
+    *("12", "  7", "\n 3", "½", "١٢", "x²", "\x04", "a\x04a", "\x16", "\U00040000", "<td>", "\n\n\n", "z this"),
 )
 # U+2581 is how byte-fallback tokenizers write a space: they cannot tell the two apart.
 characters = st.characters(exclude_characters="\u2581", exclude_categories=["Cs"])
@@ -85,35 +88,78 @@ broken = st.lists(fragments.map(str.encode) | st.binary(max_size=3), max_size=4)
 def folder(name: str) -> Path:
     """The folder of a tokenizer; skips where it is absent."""
     if not FOLDERS[name].is_dir():
-        pytest.skip(f"{FOLDERS[name].relative_to(ROOT.parent)} is absent: it is real test data beside the repository")
+        reason = "`make models` writes it" if BUILD in FOLDERS[name].parents else "it is real test data of others"
+        pytest.skip(f"{FOLDERS[name].relative_to(ROOT.parent)} is absent: {reason}")
     return FOLDERS[name]
+
+
+def smollm_style() -> Tokenizer:
+    """The shipped byte-level tokenizer with SmolLM's pre-tokenizer and, as there, without some bytes."""
+    layout = json.loads((MODELS / "expert-phi" / "tokenizer.json").read_text(encoding="utf-8"))
+    layout["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Digits", "individual_digits": True}, layout["pre_tokenizer"]],
+    }
+    lost = {sign for sign, byte in byte_alphabet().items() if byte in MISSING}
+    model = layout["model"]
+    model["vocab"] = {piece: token for piece, token in model["vocab"].items() if not lost & set(piece)}
+    model["merges"] = [pair for pair in model["merges"] if not lost & set("".join(pair))]
+    return Tokenizer.from_str(json.dumps(layout))
+
+
+def gemma_style() -> Tokenizer:
+    """The shipped byte-fallback tokenizer with added tokens that are text, and as Gemma's in all else."""
+    layout = json.loads((MODELS / "port-llama" / "tokenizer.json").read_text(encoding="utf-8"))
+    layout["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    pattern = {"String": " "}
+    layout["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "MergedWithPrevious", "invert": False}
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    size = len(layout["model"]["vocab"])
+    for k, text in enumerate(("\n\n", "\n\n\n", "\t\t", "<td>", "z th")):
+        layout["added_tokens"].append({"id": size + k, "content": text} | plain)
+    layout["decoder"]["decoders"] = layout["decoder"]["decoders"][:-1]  # nothing to strip from the start
+    return Tokenizer.from_str(json.dumps(layout))
+
+
+MISSING = (0x04, 0x16, 0xC0, 0xF1, 0xFF)
+MADE = {"digits": smollm_style, "added": gemma_style}
+
+
+def source(name: str) -> Path | Tokenizer:
+    """A tokenizer made here, or the folder of one."""
+    return MADE[name]() if name in MADE else folder(name)
+
+
+def written(name: str, data: bytes) -> bytes:
+    """What a tokenizer can write of a text: it leaves out the bytes that its vocabulary lacks."""
+    return bytes(byte for byte in data if byte not in table(name).missing)
 
 
 @cache
 def tokenizer(name: str) -> Tokenizer:
     """The tokenizer as it stands in its file."""
-    return Tokenizer.from_file(str(folder(name) / "tokenizer.json"))
+    return MADE[name]() if name in MADE else Tokenizer.from_file(str(folder(name) / "tokenizer.json"))
 
 
 @cache
 def table(name: str) -> ByteTable:
     """Its byte table."""
-    return ByteTable.of(folder(name))
+    return ByteTable.of(source(name))
 
 
 @cache
 def segmenter(name: str) -> Segmenter:
     """Its segmenter."""
-    return Segmenter.of(folder(name))
+    return Segmenter.of(source(name))
 
 
-def strings(documents: dict[str, list[Document]], seed: int) -> list[str]:
+def strings(documents: dict[str, list[Document]], seed: int, count: int = STRINGS) -> list[str]:
     """Natural passages and random ones, half each, cut and joined at random places."""
     rng = random.Random(seed)
     natural = "\n".join(document.text for document in documents["test"]).replace("\u2581", "")
-    special = ("<s>", "</s>", "<unk>", "<|endoftext|>")  # read as special tokens, which are no text
+    special = ("<s>", "</s>", "<unk>", "<|endoftext|>", "<pad>", "<mask>", "<bos>", "<eos>")  # no text, to some
     found = []
-    while len(found) < STRINGS:
+    while len(found) < count:
         start, size = rng.randrange(len(natural)), rng.randint(1, 60)
         mixed = "".join(rng.choice(FRAGMENTS) for _ in range(rng.randint(1, 6)))
         text = natural[start : start + size] if len(found) % 2 else mixed
@@ -123,24 +169,26 @@ def strings(documents: dict[str, list[Document]], seed: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, *MADE])
 def test_bytes_of_the_tokens_add_up_to_the_text(name: str, documents: dict[str, list[Document]]) -> None:
-    texts = strings(documents, seed=len(name))
+    texts = strings(documents, len(name), 3000 if name in ("smollm2", "gemma3", *MADE) else STRINGS)
     encodings = tokenizer(name).encode_batch_fast(texts)
     wrong = [
-        text for text, encoding in zip(texts, encodings, strict=True) if table(name).join(encoding.ids) != text.encode()
+        text
+        for text, encoding in zip(texts, encodings, strict=True)
+        if table(name).join(encoding.ids) != written(name, text.encode())
     ]
     assert wrong[:3] == []
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, *MADE])
 @given(text=fragments.filter(lambda text: "<s>" not in text))
 @example("")
 @example(" ")
 @example("  two before, two after  ")
 @example("\n\tline\n")
 def test_bytes_of_the_tokens_add_up_to_any_text(name: str, text: str) -> None:
-    assert table(name).join(tokenizer(name).encode(text).ids) == text.encode()
+    assert table(name).join(tokenizer(name).encode(text).ids) == written(name, text.encode())
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -150,7 +198,7 @@ def test_segments_add_up_to_any_bytes(name: str, data: bytes) -> None:
     joined = b"".join(table(name).pieces[token] or b"?" for token in ids)
     if table(name).family == BYTE_FALLBACK:  # a literal U+2581 is read as a space
         data = data.replace("\u2581".encode(), b" ")
-    assert joined == data
+    assert joined == written(name, data)
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -166,6 +214,10 @@ def test_segments_with_the_start_of_the_text_are_the_tokenizers_own(name: str, t
 @example(first=b"it'r", second=b"e cold", before="")
 @example(first=b"a  ", second=b"b", before="")
 @example(first=b"!", second=b"'s", before="")
+@example(first=b"a  ", second=b"12", before="")
+@example(first=b"1", second=b"'s", before="!")
+@example(first=b"a\x04", second=b"b", before="")
+@example(first=b"x\n", second=b"\n\n", before="\n")
 @settings(max_examples=60)
 def test_segments_do_not_cross_a_safe_cut(name: str, first: bytes, second: bytes, before: str) -> None:
     of = segmenter(name)
@@ -189,13 +241,67 @@ def test_the_unsettled_end_is_all_that_a_continuation_can_change(name: str, text
     assert parts[0] == parts[1] + parts[2]
 
 
-@pytest.mark.parametrize("name", ["port-llama", "tinyllama", "expert-phi", "gpt2"])
+@pytest.mark.parametrize("name", ["port-llama", "tinyllama", "expert-phi", "gpt2", "smollm2", "digits", "added"])
 def test_ordinary_text_has_safe_cuts(name: str) -> None:
     of = segmenter(name)
     assert of.has_safe_cut("the cat") and not of.has_safe_cut(" the")
     assert not of.has_safe_cut("the cat", start=3)
     assert of.unsettled_end("I saw the cat") == b" cat"
     assert of.unsettled_end("cat") == of.table.prefix + b"cat"
+
+
+@pytest.mark.parametrize("name", ["digits", "smollm2"])
+@pytest.mark.parametrize("text", ["a1", "12", " 1", "1 ", "1'", "'1", "½a", "a²", "١٢", "1\udcc3"])
+def test_a_digit_stands_between_two_safe_cuts(name: str, text: str) -> None:
+    assert segmenter(name).is_safe(text, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"), [("xa\x04b", 2), ("xa\x04b", 3), ("xa\U00040000b", 3), ("aab", 2), ("  a", 1)]
+)
+def test_what_a_left_out_byte_brings_together_is_no_safe_cut(text: str, cut: int) -> None:
+    assert not segmenter("digits").is_safe(text, cut)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma3", "digits", "added"])
+def test_segments_of_many_strings_are_the_tokenizers_own(name: str, documents: dict[str, list[Document]]) -> None:
+    texts = [text for text in strings(documents, seed=5, count=3000) if text]
+    own = [encoding.ids for encoding in tokenizer(name).encode_batch_fast(texts, add_special_tokens=False)]
+    assert segmenter(name).segment([table(name).prefix + text.encode() for text in texts]) == own
+
+
+def test_the_real_vocabularies_have_the_expected_tables() -> None:
+    smollm = table("smollm2")
+    missing = (0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100))
+    assert smollm.missing == set(missing) and smollm.family == BYTE_LEVEL
+    assert sum(piece is None for piece in smollm.pieces) == 17 and len(smollm.pieces) == 49152
+    gemma = table("gemma3")
+    assert not gemma.missing and gemma.family == BYTE_FALLBACK and len(gemma.pieces) == 262144
+    assert gemma.pieces[108] == b"\n\n" and gemma.pieces[1] is None
+
+
+def test_missing_bytes_are_left_out() -> None:
+    assert table("digits").missing == set(MISSING) and not table("expert-phi").missing
+    assert segmenter("digits").segment([b"\x04", b"\xff\xf1", b"a\x04"]) == [
+        [],
+        [],
+        segmenter("digits").segment([b"a"])[0],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "ends", "expected"),
+    [
+        ("port-llama", (), (2,)),
+        ("port-llama", (1,), (1,)),
+        ("port-llama", (1, 2), (1, 2)),
+        ("port-llama", (300,), (2,)),  # a token of the text
+        ("expert-phi", (0, 5199), (0,)),  # the second is no token
+    ],
+)
+def test_the_model_says_what_ends_a_text(name: str, ends: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    found = ByteTable.of(FOLDERS[name], 5200, ends)
+    assert (found.ends, found.end) == (expected, expected[0])
 
 
 def test_characters_wait_for_their_last_byte() -> None:
@@ -295,6 +401,7 @@ def test_a_normalizer_that_changes_text_is_refused(tmp_path: Path) -> None:
     [
         ("port-llama", {"pre_tokenizer": {"type": "Whitespace"}}),
         ("expert-phi", {"pre_tokenizer": None}),
+        ("expert-phi", {"pre_tokenizer": {"type": "Digits", "individual_digits": True}}),
         (
             "expert-phi",
             {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},

@@ -98,11 +98,11 @@ def coverage(bridge: Bridge, base: Tokenizer, expert: Tokenizer) -> pd.DataFrame
         if piece:
             kinds = {"all": True, "space-initial": piece[:1] == b" " and piece.strip(b" "), "added": token in added}
             equal = [own.pieces[v] for v in ids.get(strings[token], [])]
-            first = own.pieces[int(bridge.first[token])] or b"?"
+            first, carried = own.pieces[int(bridge.first[token])] or b"?", bool(bridge.is_text[token])
             ways = {
                 "equal decoded strings": (bool(equal), bool(equal) and piece not in equal),
                 "equal bytes": (piece in own.ids_of, False),
-                "first token of the bytes": (True, not piece.startswith(first)),
+                "first token of the bytes": (carried, carried and not piece.startswith(first)),
             }
             rows += [(way, kind, *hit) for way, hit in ways.items() for kind, belongs in kinds.items() if belongs]
     frame = pd.DataFrame(rows, columns=["way", "kind", "matched", "wrong"])

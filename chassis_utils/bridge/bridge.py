@@ -34,7 +34,8 @@ class Bridge:
     expert: ByteTable
     first: Int[Tensor, "v_e"]  # first base token of each expert token's bytes
     resolved: Bool[Tensor, "v_e"]  # whether nothing that follows can change it
-    is_text: Bool[Tensor, "v_e"]  # whether it is text, or the end of it
+    is_text: Bool[Tensor, "v_e"]  # whether it is text that the base can write, or the end of it
+    unwritable: Bool[Tensor, "v_e"]  # whether it is text that the base cannot write
     initial: Int[Tensor, "v_e"]  # number of its first character in `initials`
     initials: tuple[str, ...]
     _boundaries: dict[str, Bool[Tensor, "v_e"]] = field(default_factory=dict)
@@ -45,26 +46,30 @@ class Bridge:
         if expert.end is not None and base.table.end is None:
             raise ValueError("the expert has an end-of-text token and the base none: use a base that has one")
         pieces = [piece or b"" for piece in expert.pieces]
+        unwritable = [not base.table.missing.isdisjoint(piece) for piece in pieces]
         first = [ids[0] if ids else 0 for ids in base.segment(pieces)]
         texts = [base.characters(piece) for piece in pieces]
-        resolved, is_text = [base.has_safe_cut(text) for text in texts], [bool(piece) for piece in pieces]
-        if expert.end is not None and base.table.end is not None:
-            first[expert.end], resolved[expert.end], is_text[expert.end] = base.table.end, True, True
+        resolved = [base.has_safe_cut(text) for text in texts]
+        is_text = [bool(piece) and not lost for piece, lost in zip(pieces, unwritable, strict=True)]
+        if base.table.end is not None:
+            for token in expert.ends:
+                first[token], resolved[token], is_text[token] = base.table.end, True, True
         initials = dict.fromkeys(text[:1] for text in texts)  # "" for none that is certain
         number = {character: k for k, character in enumerate(initials)}
         initial = torch.tensor([number[text[:1]] for text in texts])
-        tables = torch.tensor(first), torch.tensor(resolved), torch.tensor(is_text), initial
+        tables = torch.tensor(first), torch.tensor(resolved), torch.tensor(is_text), torch.tensor(unwritable), initial
         return cls(base, expert, *tables, tuple(initials))
 
     @classmethod
     def between(cls, base: LanguageModel, expert: LanguageModel) -> "Bridge":
         """The bridge between two models; `ValueError` for tokenizers whose bytes or segments are not known."""
         return cls.of(
-            Segmenter.of(base.tokenizer, len(base.head.weight)), ByteTable.of(expert.tokenizer, len(expert.head.weight))
+            Segmenter.of(base.tokenizer, len(base.head.weight), base.end_tokens),
+            ByteTable.of(expert.tokenizer, len(expert.head.weight), expert.end_tokens),
         )
 
     def text_only(self, p: Float[Tensor, "n v_e"]) -> Float[Tensor, "n v_e"]:
-        """Probabilities without padding ids and tokens that are no text, as if dropped before the softmax.
+        """Probabilities without padding ids and tokens that are no text of the base, as if dropped before the softmax.
 
         Raises `ValueError` for another width than the expert's and rows that are no distribution.
         """
@@ -80,6 +85,13 @@ class Bridge:
         if not (torch.isfinite(total) & (total > 0)).all() or p.min() < 0:
             raise ValueError("a row of the expert is no distribution over its text: pass probabilities, not logits")
         return p.masked_fill(~self.is_text, 0.0).div_(total[:, None])
+
+    def lost(self, p: Float[Tensor, "n v_e"]) -> Float[Tensor, "n"]:
+        """Probability of text that the base cannot write: bytes without a piece, in which some vocabularies are poor.
+
+        It is dropped as padding is, and the only mass of the expert's text that a bridge does not carry over.
+        """
+        return p @ self.unwritable.to(p.dtype)
 
     def one_step(self, p: Float[Tensor, "n v_e"]) -> tuple[Float[Tensor, "n v"], Float[Tensor, "n"]]:
         """Base distributions [n, v] from the expert's [n, v_e], whatever the context, and unresolved mass [n].

@@ -159,8 +159,8 @@ class _Search:
         return bridged
 
     def _boundaries(self, before: bytes) -> Bool[Tensor, "v_e"]:
-        safe, end = self.bridge.safe_boundaries(before), self.bridge.expert.end
-        return safe if end is None else safe.index_fill(0, torch.tensor(end), True)
+        ends = torch.tensor(self.bridge.expert.ends, dtype=torch.int64)
+        return self.bridge.safe_boundaries(before).index_fill(0, ends, True)
 
     def _add(self, node: _Node, mass: float) -> None:
         self.q[node.first] += mass

@@ -148,6 +148,13 @@ class LanguageModel:
         return token if token is not None and token < len(self.head.weight) else None
 
     @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end a text, where the configuration names some of the vocabulary."""
+        ends = self.network.generation_config.eos_token_id
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        return [token for token in ends if token < len(self.head.weight)]
+
+    @property
     def device(self) -> torch.device:
         """Where the inputs go."""
         return self.network.device
