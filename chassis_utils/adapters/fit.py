@@ -36,7 +36,7 @@ from chassis_utils.linalg.regression import (
     vocabulary_metric,
 )
 from chassis_utils.lm.forward import every_position
-from chassis_utils.lm.model import Head, LanguageModel
+from chassis_utils.lm.model import Head, LanguageModel, require_model
 from chassis_utils.lm.states import last_states
 from chassis_utils.metrics import Reference, clearly_lower, standard_error
 from chassis_utils.text.prompts import deal, require_texts
@@ -222,12 +222,10 @@ def _check_rows(h: Tensor, wanted: Tensor, out: int, head: Head, folds: Sequence
         raise ValueError(f"all {len(h)} rows are of one fold, so nothing can be held out: number two folds at least")
 
 
-def _check_request(base: object, expert: object, rank: int | None, positions: int) -> None:
-    if not isinstance(base, LanguageModel) or not isinstance(expert, LanguageModel | Expert):
-        wrong = expert if isinstance(base, LanguageModel) else base
-        raise TypeError(
-            f"{' '.join(repr(wrong).split()):.60} is no loaded model: give what `load` returns for its folder or hub id"
-        )
+def _check_request(base: LanguageModel, expert: LanguageModel | Expert, rank: int | None, positions: int) -> None:
+    require_model(base)
+    if not isinstance(expert, Expert):
+        require_model(expert)
     if not isinstance(positions, int) or positions < 2:
         raise ValueError(f"{positions!r} positions leave none to hold out: ask for two at least, better thousands")
     _check_rank(rank, base.head)

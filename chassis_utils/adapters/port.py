@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from chassis_utils.adapters.adapter import Adapter, Space
 from chassis_utils.lm.forward import continuations
-from chassis_utils.lm.model import HEAD_TOLERANCE, PROBE, LanguageModel
+from chassis_utils.lm.model import HEAD_TOLERANCE, PROBE, LanguageModel, require_model
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,7 @@ class Port:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        if not isinstance(model, LanguageModel):
-            shown = " ".join(repr(model).split())
-            raise TypeError(f"{shown:.60} is no loaded model: give what `load` returns for its folder or hub id")
+        require_model(model)
         self.model = model
         self._plugged: dict[str, dict[Space, _Edit]] = {}
         self._selections: list[_Selection] = []  # of the `with` blocks that are open, the innermost last

@@ -20,11 +20,7 @@ from torch import Tensor, nn
 from chassis_utils.circulant.patch import mlp_projections, patch
 from chassis_utils.lm.forward import batches, encode, pad
 from chassis_utils.lm.model import LanguageModel
-from chassis_utils.lm.resume import giving
-
-
-class _Reached(Exception):
-    """The block that was waited for has been called: nothing behind it is needed."""
+from chassis_utils.lm.resume import Reached, giving, run_until
 
 
 @dataclass
@@ -122,15 +118,10 @@ class PairedForward:
 
         def catch(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
             calls.append((positional, named))
-            raise _Reached
+            raise Reached
 
-        hook = self.model.blocks[self.layer].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
-            self.model.network(padded, attention_mask=mask, use_cache=False)
-        except _Reached:
-            pass
-        finally:
-            hook.remove()
+        block = self.model.blocks[self.layer]
+        run_until(self.model, padded, mask, block.register_forward_pre_hook(catch, with_kwargs=True))
         ((states, *others), named), *_ = calls
         return _Batch(prompts, mask.bool(), states, states, tuple(others), named)
 

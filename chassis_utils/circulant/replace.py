@@ -12,7 +12,6 @@ replacements are fitted once.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial, reduce
-from importlib.metadata import version
 from operator import add
 from pathlib import Path
 from typing import TypeVar
@@ -78,7 +77,7 @@ def _fitted_once(
     model: LanguageModel, layers: Sequence[int], block_size: int, how: str, prompts: Sequence[Prompt], sequential: bool
 ) -> dict[str, Tensor]:
     """The parameters of fitted layers, from the cache where they have been fitted before."""
-    made_by = f"{_code()} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
+    made_by = f"{_code()} {model.made_with}"
     folds = fold_numbers(list(prompts))
     fitted_on = [(prompt.text, fold) for prompt, fold in zip(prompts, folds, strict=True)]
     key = content_key(f"{made_by} {sorted(set(layers))} {block_size} {how} {sequential} {fitted_on}")

@@ -142,8 +142,7 @@ def continuations(model: LanguageModel, prompts: Sequence[str], tokens: int) -> 
         raise ValueError(f"{tokens!r} tokens are no continuation: ask for one or more")
     ids = encode(model, prompts)
     _check_room(model, prompts, ids, tokens)
-    ends = model.network.generation_config.eos_token_id  # a number, several, or None
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    ends = set(model.end_tokens)
     written = [""] * len(ids)
     for batch in batches(ids, equal=not model.keeps_keys):
         padded, mask = pad([ids[k] for k in batch], model.device, left=True)

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 
 import torch
 from jaxtyping import Float, Float64, Int, Shaped
@@ -142,6 +143,11 @@ class LanguageModel:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     @property
+    def made_with(self) -> str:
+        """What decides its numbers to the bit on one machine: for the keys of caches."""
+        return f"{version('torch')} {version('transformers')} {self.network.dtype} {self.fingerprint}"
+
+    @property
     def start_token(self) -> int | None:
         """The token that begins a text, where the configuration names one of the vocabulary."""
         token = self.network.config.get_text_config().bos_token_id
@@ -184,6 +190,13 @@ class LanguageModel:
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0
         )
         return self.tokenizer.decode(grown[0].tolist()).removeprefix(self.tokenizer.decode(ids[0].tolist()))
+
+
+def require_model(value: object) -> None:
+    """Raise `TypeError` for anything but a loaded model."""
+    if not isinstance(value, LanguageModel):
+        shown = " ".join(repr(value).split())
+        raise TypeError(f"{shown:.60} is no loaded model: give what `load` returns for its folder or hub id")
 
 
 def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> LanguageModel:

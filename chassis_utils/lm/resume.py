@@ -10,14 +10,26 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from chassis_utils.lm.forward import pad
 from chassis_utils.lm.model import LanguageModel
 
 
-class _Reached(Exception):
-    """The block that was waited for has run: nothing behind it is needed."""
+class Reached(Exception):
+    """Raised by a hook that has seen what a pass was made for."""
+
+
+def run_until(model: LanguageModel, ids: Int[Tensor, "n t"], mask: Int[Tensor, "n t"], hook: RemovableHandle) -> None:
+    """A pass that ends where `hook` raises `Reached`, and takes it off."""
+    try:
+        model.network(ids, attention_mask=mask, use_cache=False)
+    except Reached:
+        pass
+    finally:
+        hook.remove()
 
 
 def first_layer(model: LanguageModel, paths: Iterable[str]) -> int:
@@ -49,15 +61,9 @@ def output_below(model: LanguageModel, rows: Sequence[list[int]], layer: int) ->
 
     def catch(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         outputs.append(output)
-        raise _Reached
+        raise Reached
 
-    hook = model.blocks[layer - 1].register_forward_hook(catch)
-    try:
-        model.network(padded, attention_mask=mask, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
+    run_until(model, padded, mask, model.blocks[layer - 1].register_forward_hook(catch))
     return outputs[0]
 
 

@@ -7,7 +7,6 @@ notebooks running side by side share one pass. Cost: one forward pass per prompt
 """
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from itertools import accumulate
 
 import torch
@@ -45,7 +44,7 @@ def collect(
     chosen = [[len(row) - 1] for row in ids] if positions is None else [list(row) for row in positions]
     layers = list(range(model.depth + 1)) if layers is None else list(layers)
     _check_places(model, texts, ids, chosen, layers)
-    made_by = f"{FORMAT} {version('torch')} {version('transformers')} {model.network.dtype} {model.fingerprint}"
+    made_by = f"{FORMAT} {model.made_with}"
     stored = CACHE / f"states-{content_key(f'{made_by} {ids} {chosen} {layers}')}"
 
     def read_all() -> bytes:

@@ -24,13 +24,16 @@ ROW, CELL = re.compile(r"<tr.*?>(.*?)</tr>", re.DOTALL), re.compile(r"<t[hd].*?>
 
 def disagreements(root: Path) -> list[str]:
     """What disagrees in all tables and notebooks of a repository, one line each."""
-    csvs = sorted((root / "paper" / "tables").glob("*.csv"))
-    found = [line for csv in csvs for line in table_disagreements(csv)]
-    return found + [line for path in numbered_notebooks(root) for line in notebook_disagreements(root, path)]
+    shown = [line for path in numbered_notebooks(root) for line in notebook_disagreements(root, path)]
+    return table_disagreements(root) + shown
 
 
-def table_disagreements(csv: Path) -> list[str]:
-    """The files beside a table's CSV that are not what it gives."""
+def table_disagreements(root: Path) -> list[str]:
+    """The files beside the tables' CSVs that are not what these give."""
+    return [line for csv in sorted((root / "paper" / "tables").glob("*.csv")) for line in _not_of(csv)]
+
+
+def _not_of(csv: Path) -> list[str]:
     results = tables.read(csv).drop(columns="profile")
     expected = tables.derived(results)
     found = [end for end, text in expected.items() if csv.with_suffix(end).read_text(encoding="utf-8") != text]
