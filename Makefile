@@ -1,5 +1,5 @@
 # paper · check · test · lab · refresh · models · clean; each creates the environment first if it is not there.
-# make paper PROFILE=laptop    other models, see notebooks/profiles/
+# make paper PROFILE=real      other models, see notebooks/profiles/
 # make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
 # make test NOTEBOOKS=...      nbval on these notebooks alone
 
@@ -33,6 +33,7 @@ refresh: paper
 
 models: install
 	$(BIN)/python models/real.py
+	$(BIN)/python models/news.py
 
 install: .venv/installed
 

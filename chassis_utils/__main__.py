@@ -93,11 +93,13 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
 def _check_inputs(parameters: Mapping[str, Any]) -> None:
     """Raise `ValueError` for a checkpoint or a prompt file that the notebook could not read."""
+    from chassis_utils.text.corpus import read_texts
     from chassis_utils.text.prompts import read_prompts
 
     for name, value in parameters.items():
         if value and name.endswith(PROMPT_FILES):
-            read_prompts(value)
+            documents = name == "prompts_file" and os.path.isdir(locate(value))
+            read_texts(locate(value)) if documents else read_prompts(value)
     for name in (name for name in MODEL_PARAMETERS if name in parameters):
         from chassis_utils.lm.checkpoint import find_folder  # torch takes seconds
 

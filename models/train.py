@@ -116,13 +116,12 @@ def tokenizer_for(name: str) -> Tokenizer:
     return Tokenizer.from_file(str(shipped))
 
 
-def windows(name: str, tokenizer: Tokenizer) -> torch.Tensor:
+def windows(recipe: Recipe, tokenizer: Tokenizer) -> torch.Tensor:
     """All training windows in the order of training: int64 [steps * BATCH, SEQUENCE].
 
     Documents are shuffled, joined with the separator and cut; a fixed share of the
     windows comes from the generated sentences.
     """
-    recipe = RECIPES[name]
     rng = random.Random(recipe.seed)
     needed = recipe.steps * BATCH
     shares = (
@@ -140,7 +139,7 @@ def windows(name: str, tokenizer: Tokenizer) -> torch.Tensor:
 
 
 def _cut(tokenizer: Tokenizer, texts: Iterator[str], count: int) -> torch.Tensor:
-    separator = tokenizer.token_to_id("</s>") if tokenizer.token_to_id("</s>") is not None else 0
+    separator = tokenizer.token_to_id("</s>") if tokenizer.token_to_id("</s>") is not None else 0  # 0: end of text
     ids: list[int] = []
     for text in texts:
         if len(ids) >= count * SEQUENCE:
@@ -166,27 +165,34 @@ def optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimize
 
 def train(name: str) -> None:
     """Train to the end, resuming from stored state, then write the checkpoint and its card."""
-    recipe, rows = RECIPES[name], windows(name, tokenizer_for(name))
+    recipe = RECIPES[name]
+    rows = windows(recipe, tokenizer_for(name))
     model, made_from = new_model(name), repr(recipe)
     if recipe.start:
         start = MODELS / recipe.start
         model.load_state_dict(type(model).from_pretrained(start, dtype=torch.float32).state_dict())
         made_from += fingerprint(start)
     run = Run(BUILD / "training" / name, content_key(made_from), model, optimizers(model, recipe.rate))
+    seconds = follow(recipe, rows, run)
+    tokens = recipe.steps * BATCH * SEQUENCE
+    write_checkpoint(name, model.eval(), tokens=tokens, seconds=seconds, threads=torch.get_num_threads())
+
+
+def follow(recipe: Recipe, rows: torch.Tensor, run: "Run") -> float:
+    """Train to the end from where the run was interrupted; returns the seconds spent in all."""
     step, seconds = run.restore()
     begin = time.perf_counter() - seconds
-    model.train()
+    run.model.train()
     average = float("nan")
     while step < recipe.steps:
         loss = run.step(rows[step * BATCH : (step + 1) * BATCH], rate_at(step, recipe))
         average = loss if math.isnan(average) else 0.98 * average + 0.02 * loss
         step, seconds = step + 1, time.perf_counter() - begin
         if step % 10 == 0:
-            print(f"{name} step {step}/{recipe.steps} loss {average:.4f} nats/token, {seconds:.0f} s", flush=True)
+            print(f"step {step}/{recipe.steps} loss {average:.4f} nats/token, {seconds:.0f} s", flush=True)
         if step % STORE_EVERY == 0:
             run.store(step, seconds)
-    tokens = recipe.steps * BATCH * SEQUENCE
-    write_checkpoint(name, model.eval(), tokens=tokens, seconds=seconds, threads=torch.get_num_threads())
+    return seconds
 
 
 def rate_at(step: int, recipe: Recipe) -> float:
@@ -205,6 +211,7 @@ class Run:
 
     def step(self, batch: torch.Tensor, rate: float) -> float:
         """One update on a batch of windows; returns its loss in nats per token."""
+        batch = batch.to(self.model.device)
         loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -217,7 +224,8 @@ class Run:
 
     def store(self, step: int, seconds: float) -> None:
         """Write weights and optimizer states; the progress file goes last and names them."""
-        tensors = {f"model.{name}": tensor.contiguous() for name, tensor in self.model.state_dict().items()}
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        tensors = {f"model.{name}": weight.detach().contiguous() for name, weight in trained.items()}
         for i, stepper in enumerate(self.steppers):
             for k, state in stepper.state_dict()["state"].items():
                 tensors |= {f"stepper.{i}.{k}.{key}": value.contiguous() for key, value in state.items()}
@@ -236,7 +244,7 @@ class Run:
             return 0, 0.0
         tensors = load_file(self.folder / f"{progress['step']}.safetensors")
         weights = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-        self.model.load_state_dict(weights)
+        self.model.load_state_dict(weights, strict=False)  # what is not trained is not stored
         for i, stepper in enumerate(self.steppers):
             whole = stepper.state_dict()
             for name, tensor in tensors.items():

@@ -15,7 +15,8 @@ from pytask import ExecutionReport, PTask, TaskOutcome, console, hookimpl
 
 from chassis_utils.files import BUILD, ROOT
 from chassis_utils.paper.notebook import DEFAULT_PROFILE, PlanError
-from chassis_utils.paper.pipeline import finish_moves, plan
+from chassis_utils.paper.pipeline import finish_moves
+from chassis_utils.paper.plan import plan
 
 WORKERS = 2  # notebooks side by side, unless `--n-workers` says otherwise
 INTERRUPTED = 130  # the exit code of what SIGINT ended

@@ -10,17 +10,21 @@ import sys
 from pathlib import Path
 
 import cloudpickle
-from pytask import PythonNode, task
+from pytask import PythonNode, mark, task
 
 from chassis_utils.files import ROOT
 from chassis_utils.paper.notebook import DEFAULT_PROFILE
-from chassis_utils.paper.pipeline import Step, compile_paper, plan, run_notebook
+from chassis_utils.paper.pipeline import compile_paper, run_notebook
+from chassis_utils.paper.plan import COMMITTED, Step, plan
 
 # Workers cannot import a task file: pytask names it by its path.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 PROFILE = os.environ.get("PROFILE", DEFAULT_PROFILE)
 STEPS = plan(ROOT, PROFILE)
+LONG = ("10", "11", "26", "28", "31", "41")  # the notebooks of minutes start first and those of seconds last,
+SHORT = ("00", "20", "21", "27", "30", "50")  # so that all workers end at about the same time
+ORDER = dict.fromkeys(LONG, mark.try_first) | dict.fromkeys(SHORT, mark.try_last)
 
 for current in STEPS:
     code = PythonNode(name="code", value=current.code, hash=True)
@@ -34,15 +38,18 @@ for current in STEPS:
             "produces": current.writes,
         },
     )
+    @ORDER.get(current.notebook.stem[:2], lambda function: function)
     def _(step: Step, depends_on: dict[str, object], produces: list[Path]) -> None:
         run_notebook(step)
 
 
 PAPER = ROOT / "paper"
-if PROFILE == DEFAULT_PROFILE and (PAPER / "paper.typ").exists():
+if PROFILE in COMMITTED and (PAPER / "paper.typ").exists():
     written = {path for step in STEPS for path in step.writes[:-1]}
     stored = {
-        path for pattern in ("paper/*.typ", "paper/*.bib", "paper/*/*", "figures/*") for path in ROOT.glob(pattern)
+        path
+        for pattern in ("paper/*.typ", "paper/*.bib", "paper/*/**/*.*", "figures/**/*.*")
+        for path in ROOT.glob(pattern)
     }
 
     @task(name="paper", kwargs={"depends_on": sorted(written | stored), "produces": PAPER / "paper.pdf"})

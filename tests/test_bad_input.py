@@ -42,7 +42,7 @@ from chassis_utils.lm.states import collect
 from chassis_utils.lm.tokenizer import read_tokenizer
 from chassis_utils.paper import report
 from chassis_utils.paper.notebook import Notebook, PlanError, numbered_notebooks
-from chassis_utils.paper.pipeline import plan, read_profile
+from chassis_utils.paper.plan import plan, read_profile
 from chassis_utils.text.prompts import read_prompts, standard_sets, take, texts
 
 seeds = st.integers(0, 2**32 - 1)

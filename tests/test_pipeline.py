@@ -1,5 +1,6 @@
 """The pipeline on a small project of its own: what is run again and when, and what is refused."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import psutil
 import pytest
@@ -17,9 +19,11 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from chassis_utils.files import ROOT
 from chassis_utils.paper import checksums
 from chassis_utils.paper.notebook import PlanError
-from chassis_utils.paper.pipeline import compile_paper, plan
+from chassis_utils.paper.pipeline import _new_results, compile_paper
+from chassis_utils.paper.plan import Step, plan
 
 REPORT = """
+import json
 import json
 import os
 from pathlib import Path
@@ -34,7 +38,7 @@ def save_table(value, name):
 def read_table(name):
     return (Path(__file__).parent.parent / "paper" / "tables" / f"{name}.csv").read_text()
 """
-PAPER = ("__init__", "agreement", "checksums", "notebook", "pipeline")  # what running notebooks takes
+PAPER = ("__init__", "agreement", "checksums", "notebook", "pipeline", "plan")  # what running notebooks takes
 MODULES = {"report": REPORT, "near": "from chassis_utils import far", "far": "VALUE = 1", "other": "VALUE = 1"}
 FIRST = ["from chassis_utils import near, report", 'report.save_table(near.far.VALUE, "first")']
 SECOND = [
@@ -170,7 +174,8 @@ def waiting(project: Path) -> subprocess.Popen[str]:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from chassis_utils.paper.pipeline import plan, run_notebook
+from chassis_utils.paper.pipeline import run_notebook
+from chassis_utils.paper.plan import plan
 move = os.replace
 def move_and_die(source, place):
     move(source, place)
@@ -279,9 +284,53 @@ def test_profile_sets_parameters_and_checkpoints_are_inputs(project: Path) -> No
 
 
 def test_other_profiles_never_touch_the_committed_results(project: Path) -> None:
-    (project / "notebooks" / "profiles" / "laptop.yaml").write_text("size: 2")
-    writes = [path for step in plan(project, "laptop") for path in step.writes]
-    assert all(path.is_relative_to(project / "build" / "laptop") for path in writes)
+    (project / "notebooks" / "profiles" / "own.yaml").write_text("size: 2")
+    writes = [path for step in plan(project, "own") for path in step.writes]
+    assert all(path.is_relative_to(project / "build" / "own") for path in writes)
+
+
+def test_the_results_on_real_models_stand_beside_the_others(project: Path) -> None:
+    (project / "notebooks" / "profiles" / "real.yaml").write_text("size: 2")
+    step = plan(project, "real")[0]
+    table, executed = step.writes[0], step.writes[-1]
+    assert table == project / "paper" / "tables" / "real" / "first.csv"
+    assert step.staged(table) == step.staging / "tables" / "first.csv"
+    assert executed == project / "build" / "real" / "notebooks" / "00_first.ipynb"
+
+
+def test_a_checkpoint_that_is_made_on_demand_is_asked_for(project: Path) -> None:
+    set_profile(project, "base: build/models/large")
+    with pytest.raises(PlanError, match="needs the checkpoint 'build/models/large', run `make models` first"):
+        plan(project, "micro")
+
+
+def test_a_picture_that_rounding_alone_has_moved_stays(tmp_path: Path) -> None:
+    figures = tmp_path / "figures"
+    step = Step(
+        notebook=tmp_path / "notebooks" / "00_first.ipynb",
+        code="",
+        parameters={},
+        reads=[],
+        writes=[figures / f"first{end}" for end in (".pdf", ".png", ".json")] + [tmp_path / "00_first.ipynb"],
+        folders={figures: "figures"},
+        staging=tmp_path / "staging",
+    )
+
+    def draw(folder: Path, highest: float, content: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        figure, axis = plt.subplots()
+        axis.plot([0, 1, highest], marker="o")
+        for end in ("pdf", "png"):
+            figure.savefig(folder / f"first.{end}")
+        plt.close(figure)
+        (folder / "first.json").write_text(json.dumps({"content": content}))
+
+    draw(figures, 2.0, "before")
+    checksums.record(tmp_path, figures.iterdir())
+    draw(step.staging / "figures", 2.0 * (1 + 1e-4), "after")
+    assert _new_results(step) == []
+    draw(step.staging / "figures", 2.1, "after")
+    assert _new_results(step) == step.writes[:-1]
 
 
 def test_paper_compiles_to_equal_bytes(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from chassis_utils.metrics import standard_error
 from chassis_utils.text.prompts import require_texts
 
 WINDOW, CONTEXT = 256, 64  # tokens read at a time; of these, context in every window but the first
-BATCH = 16  # windows of one forward pass
+BATCH = 16  # windows of one forward pass, at most
+LOGITS = 2**27  # numbers that the logits of one forward pass may be, half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ def bits_per_byte(model: LanguageModel, texts: Sequence[str]) -> BitsPerByte:
             windows.append((k, ids[start : start + WINDOW], 1 if start == 0 else CONTEXT))
     bits = torch.zeros(len(texts), dtype=torch.float64)
     windows.sort(key=lambda window: len(window[1]))
-    for first in tqdm(range(0, len(windows), BATCH), desc=f"bits of {model.name}", disable=None, leave=False):
-        batch = windows[first : first + BATCH]
+    size = max(1, min(BATCH, LOGITS // (WINDOW * len(model.head.weight))))
+    for first in tqdm(range(0, len(windows), size), desc=f"bits of {model.name}", disable=None, leave=False):
+        batch = windows[first : first + size]
         for (k, _, _), scored in zip(batch, _bits(model, batch), strict=True):
             bits[k] += scored
     sizes = torch.tensor([len(text.encode()) for text in texts], dtype=torch.float64)

@@ -6,6 +6,7 @@ is compared with the list of its checksums, and with itself (`paper.consistency`
 disagrees.
 """
 
+import os
 import subprocess
 import sys
 from io import StringIO
@@ -20,7 +21,8 @@ from chassis_utils.paper import checksums
 from chassis_utils.paper.agreement import table_differences, texts_agree
 from chassis_utils.paper.consistency import table_disagreements
 from chassis_utils.paper.notebook import DEFAULT_PROFILE, numbered_notebooks
-from chassis_utils.paper.pipeline import Step, finish_moves, plan
+from chassis_utils.paper.pipeline import finish_moves
+from chassis_utils.paper.plan import Step, plan
 
 IGNORED = "nbval-ignore-output"  # the tag of cells that show measured times
 TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
@@ -29,9 +31,11 @@ TEXTS = ("text/plain", "text/html", "text/markdown", "text/latex")
 def main() -> None:
     """Compare all that the last run made, and what is committed with itself."""
     finish_moves(ROOT)
-    lines = [line for step in plan(ROOT, DEFAULT_PROFILE) for line in _tables(step)]
-    executed = BUILD / DEFAULT_PROFILE / "notebooks"
-    for path in numbered_notebooks(ROOT):
+    profile = os.environ.get("PROFILE", DEFAULT_PROFILE)
+    lines = [line for step in plan(ROOT, profile) for line in _tables(step)]
+    executed = BUILD / profile / "notebooks"
+    stored = numbered_notebooks(ROOT) if profile == DEFAULT_PROFILE else []  # of other profiles no outputs are
+    for path in stored:
         differences = output_differences(executed / path.name, path)
         lines += [(path.name, "outputs " + ("moved: " + "; ".join(differences) if differences else "agree"))]
     lines += [(name, "moved: it is not what a run has put in place") for name in checksums.altered(ROOT)]

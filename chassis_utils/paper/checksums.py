@@ -14,7 +14,7 @@ from chassis_utils.files import ROOT, write_atomically
 
 LIST = "paper/checksums.txt"
 PAPER = ("paper/*.typ", "paper/*.bib", "paper/paper.pdf")
-LISTED = (*PAPER, "paper/reported/*", "paper/tables/*", "figures/*", "notebooks/[0-9]*.ipynb")
+LISTED = (*PAPER, "paper/reported/*", "paper/tables/**/*.*", "figures/**/*.*", "notebooks/[0-9]*.ipynb")
 
 
 def altered(root: Path) -> list[str]:

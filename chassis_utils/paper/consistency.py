@@ -30,7 +30,7 @@ def disagreements(root: Path) -> list[str]:
 
 def table_disagreements(root: Path) -> list[str]:
     """The files beside the tables' CSVs that are not what these give."""
-    return [line for csv in sorted((root / "paper" / "tables").glob("*.csv")) for line in _not_of(csv)]
+    return [line for csv in sorted((root / "paper" / "tables").rglob("*.csv")) for line in _not_of(csv)]
 
 
 def _not_of(csv: Path) -> list[str]:

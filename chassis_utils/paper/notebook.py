@@ -207,7 +207,7 @@ def _input_files(root: Path, value: Any) -> Iterator[Path]:
             continue
         path = root / name
         if os.path.isdir(path):
-            yield from (file for file in path.iterdir() if file.suffix in (".safetensors", ".json"))
+            yield from (file for file in path.iterdir() if file.suffix in (".safetensors", ".json", ".txt"))
         elif os.path.isfile(path):
             yield path
 

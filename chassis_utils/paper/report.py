@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from chassis_utils.files import BUILD, ROOT, write_together
 from chassis_utils.paper import tables
 from chassis_utils.paper.notebook import DEFAULT_PROFILE, MODEL_PARAMETERS, Notebook, PlanError, numbered_notebooks
+from chassis_utils.paper.plan import result_folders
 from chassis_utils.paper.style import theme
 
 VERSIONED = ("torch", "transformers", "numpy", "scipy")
@@ -103,11 +104,11 @@ def save_figure(figure: Figure, name: str, alt: str) -> Image:
 def read_table(name: str) -> pd.DataFrame:
     """A table that an earlier notebook wrote in the stamped profile, at full precision."""
     profile = _stamped()["profile"]
-    folder = ROOT / "paper" if profile == DEFAULT_PROFILE else BUILD / profile
+    folder, _ = result_folders(ROOT, profile)
     notebooks = map(Notebook.read, numbered_notebooks(ROOT))
     writers = [notebook.path.stem for notebook in notebooks if name in notebook.names_given_to("save_table", 1)]
     remedy = f"run notebook {writers[0]} first" if writers else "no notebook writes it, check the name"
-    return _read(folder / "tables" / f"{name}.csv", f"with profile {profile!r}: {remedy}")
+    return _read(folder / f"{name}.csv", f"with profile {profile!r}: {remedy}")
 
 
 def read_reported(name: str) -> pd.DataFrame:

@@ -27,6 +27,7 @@ HEADERS = {  # column -> what a reader sees; other columns only lose their under
 }
 MISSING = "–"
 FLOOR = 1e-9  # nats: divergences below it are rounding, and shown as below it
+SHARE = "gap_closed"  # a share of a divergence: rounding of it is shown as 0
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -76,6 +77,8 @@ def _rows(frame: pd.DataFrame) -> list[list[str]]:
 
 
 def _column(name: str, values: pd.Series) -> list[str]:
+    if name == SHARE:
+        return _texts(values.where(values.abs().ge(FLOOR) | values.isna(), 0.0))
     if name not in ("kl", "kl_se") and not name.endswith("_kl"):
         return _texts(values)
     below = pd.to_numeric(values, errors="coerce").between(0, FLOOR, inclusive="left")

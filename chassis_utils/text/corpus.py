@@ -91,6 +91,26 @@ def read_documents(part: str) -> list[Document]:
     return [document for document in documents if document.part == part]
 
 
+def read_texts(folder: Path) -> list[Document]:
+    """The text files (`*.txt`, UTF-8) of a folder, each a document; `ValueError` where there are none that can be read.
+
+    The order is that of their content's hash, whatever the files are called.
+    """
+    documents = {}
+    for path in folder.glob("*.txt"):
+        try:
+            document = Document(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path.name} is no UTF-8 text, see its byte {error.start}: save it as UTF-8") from None
+        documents[document.key] = document
+    if len(documents) < 2:
+        raise ValueError(
+            f"folder {folder.name!r} holds {len(documents)} different texts (*.txt), too few to hold some out: "
+            "put each document into a file of its own"
+        )
+    return [documents[key] for key in sorted(documents)]
+
+
 def read_unseen(part: str) -> list[Document]:
     """The documents of a held-out part none of whose paragraphs occurs in a training document.
 

@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 
 from chassis_utils.files import locate
-from chassis_utils.text.corpus import PARTS, content_key, read_documents, read_unseen
+from chassis_utils.text.corpus import PARTS, Document, content_key, read_documents, read_texts, read_unseen
 
 OUTSIDE = "Explain entropy in simple words."  # the one prompt outside the templates of the CHASSIS study
 SPLITS = ("index", "prefix", "template", "document")
@@ -107,7 +107,8 @@ def take(family: str, split: str, part: str, n: int, seed: int = 0) -> list[Prom
 def standard_sets(n_train: int, n_test: int, prompts_file: str = "") -> dict[tuple[str, str], list[Prompt]]:
     """Train and test prompts of the splits that each result is shown on, by (split, part).
 
-    The lines of `prompts_file`, where one is named, stand in the place of natural text; one in ten is held out.
+    The lines of `prompts_file`, or passages of the documents in a folder of that name, stand in the place of natural
+    text; one line or document in ten is held out.
     """
     sizes = {"train": n_train, "test": n_test}
     sets = {}
@@ -227,7 +228,10 @@ def _render(templates: dict[str, Template], i: int, split: str, part: str) -> Pr
 
 
 def _natural(part: str, n: int, seed: int) -> list[Prompt]:
-    documents = read_documents(part) if part == "train" else read_unseen(part)
+    return _passages(read_documents(part) if part == "train" else read_unseen(part), part, n, seed)
+
+
+def _passages(documents: Sequence[Document], part: str, n: int, seed: int) -> list[Prompt]:
     rng = random.Random(f"{part} {seed}")  # a string seeds the same on every platform
     order = rng.sample(range(len(documents)), len(documents))
     passages: list[Prompt] = []
@@ -242,15 +246,22 @@ def _natural(part: str, n: int, seed: int) -> list[Prompt]:
 
 
 def _own(prompts_file: str, part: str, n: int) -> list[Prompt]:
-    """Up to `n` lines of a file; which are held out their content decides."""
+    """Up to `n` lines of a file, or `n` passages from a folder; which are held out their content decides."""
+    folder = locate(prompts_file)
+    if os.path.isdir(folder):
+        return _passages([text for text in read_texts(folder) if _held_out(text.key) == (part == "test")], part, n, 0)
     lines = read_prompts(prompts_file)
-    chosen = [prompt for prompt in lines if (int(prompt.group, 16) % 10 == 0) == (part == "test")]
+    chosen = [prompt for prompt in lines if _held_out(prompt.group) == (part == "test")]
     if len({prompt.group for prompt in chosen}) < 2:
         count = len({prompt.group for prompt in lines})
         raise ValueError(
             f"prompt file {prompts_file!r} has {count} different lines, too few to hold some out: give a hundred"
         )
     return [replace(prompt, part=part) for prompt in chosen[:n]]
+
+
+def _held_out(key: str) -> bool:
+    return int(key, 16) % 10 == 0
 
 
 def _cut(text: str, rng: random.Random) -> str | None:
