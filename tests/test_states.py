@@ -44,6 +44,15 @@ def test_states_follow_their_prompts_in_any_order(model: LanguageModel, monkeypa
     torch.testing.assert_close(shuffled, first[:, order], rtol=1e-5, atol=1e-5)
 
 
+def test_batches_hold_every_prompt_once_and_little_padding() -> None:
+    ids = [[0] * (5 + (37 * k) % 80) for k in range(200)]
+    planned = list(forward.batches(ids))
+    assert sorted(k for batch in planned for k in batch) == list(range(len(ids)))
+    padded = sum(len(batch) * max(len(ids[k]) for k in batch) for batch in planned)
+    assert padded < 1.25 * sum(map(len, ids))
+    assert len(list(forward.batches(ids, stretch=float("inf")))) < len(planned)
+
+
 def test_the_last_state_is_the_input_of_the_head(model: LanguageModel) -> None:
     logits = model.head(collect(model, TEXTS)[-1])
     for text, row in zip(TEXTS, logits, strict=True):

@@ -39,10 +39,18 @@ class Teacher:
         self._below: dict[tuple[int, ...], Any] = {}  # by layer and prompts: what the block before it returned
 
     def student(self, batch: Sequence[int], layer: int) -> Float[Tensor, "positions vocab"]:
-        """Logits of the network as it is now for these prompts; before block `layer` it has to be untouched."""
-        rows = [self.ids[k] for k in batch]
-        with self._resuming((layer, *batch), rows) if layer else nullcontext():
-            return token_logits(self.model, rows, self.every_token)
+        """Logits of the network as it is now for these prompts; before block `layer` it has to be untouched.
+
+        Prompts of similar length are read together: padding would be worked out, and trained through, for nothing.
+        """
+        logits: dict[int, Tensor] = {}
+        for alike in batches([self.ids[k] for k in batch]):
+            numbers = [batch[k] for k in alike]
+            rows = [self.ids[k] for k in numbers]
+            with self._resuming((layer, *numbers), rows) if layer else nullcontext():
+                read = token_logits(self.model, rows, self.every_token)
+            logits |= zip(alike, read.split([self.positions[k] for k in numbers]), strict=True)
+        return torch.cat([logits[k] for k in range(len(batch))])
 
     def _resuming(self, key: tuple[int, ...], rows: Sequence[list[int]]) -> AbstractContextManager[None]:
         if key not in self._below:

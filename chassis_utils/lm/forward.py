@@ -5,6 +5,7 @@ states are read (a causal model gives each row what it gives alone) and on the l
 every row continues at its own end. Cost: one forward pass over the padded tokens.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby, takewhile
@@ -18,6 +19,7 @@ from chassis_utils.lm.model import LanguageModel
 from chassis_utils.text.prompts import require_texts
 
 BATCH_TOKENS = 4096  # tokens of one forward pass, padding included
+ENOUGH_TOKENS = 128  # of one forward pass: more are hardly faster by the token, and padding is work for nothing
 
 
 def encode(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
@@ -39,15 +41,21 @@ def reading_limit(model: LanguageModel) -> int | float:
     return getattr(model.network.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
-def batches(ids: Sequence[list[int]], equal: bool = False) -> Iterator[list[int]]:
-    """Numbers of the prompts of each batch: similar or `equal` lengths together, within `BATCH_TOKENS` tokens."""
+def batches(ids: Sequence[list[int]], equal: bool = False, stretch: float = 1.25) -> Iterator[list[int]]:
+    """Numbers of the prompts of each batch: similar or `equal` lengths together, within `BATCH_TOKENS` tokens.
+
+    Beyond `ENOUGH_TOKENS` a batch takes in no prompt of more than `stretch` times the length of its shortest. Where
+    the pass reads but one token of each prompt, padding costs next to nothing: give infinity.
+    """
     if equal:
         for similar in batches(ids):
             yield from (list(group) for _, group in groupby(similar, key=lambda k: len(ids[k])))
         return
     batch: list[int] = []
     for k in sorted(range(len(ids)), key=lambda k: len(ids[k])):
-        if batch and len(ids[k]) * (len(batch) + 1) > BATCH_TOKENS:
+        tokens = len(ids[k]) * (len(batch) + 1)
+        most = ENOUGH_TOKENS if batch and len(ids[k]) > stretch * len(ids[batch[0]]) else BATCH_TOKENS
+        if batch and tokens > most:
             yield batch
             batch = []
         batch.append(k)
@@ -144,7 +152,7 @@ def continuations(model: LanguageModel, prompts: Sequence[str], tokens: int) -> 
     _check_room(model, prompts, ids, tokens)
     ends = set(model.end_tokens)
     written = [""] * len(ids)
-    for batch in batches(ids, equal=not model.keeps_keys):
+    for batch in batches(ids, equal=not model.keeps_keys, stretch=math.inf):
         padded, mask = pad([ids[k] for k in batch], model.device, left=True)
         grown = model.network.generate(
             padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=min(ends, default=0)

@@ -9,6 +9,7 @@ A model that keeps anything else of what it has read (Mamba, RWKV, hybrids) cann
 reads the prompts whole in every pass, those of equal length together, for the same result.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Prefixes:
             numbers = 2 * model.depth * model.width * sum(map(len, ids)) * shared // config.num_attention_heads
             what = f"the keys and values of {len(ids)} prompts"
             require_memory(numbers * model.network.dtype.itemsize, what, "use fewer prompts or a smaller model")
-        planned = list(batches(ids, equal=not model.keeps_keys))
+        planned = list(batches(ids, equal=not model.keeps_keys, stretch=math.inf))
         bar = tqdm(planned, desc=f"prefixes by {model.name}", disable=None, leave=False)
         return cls(model, len(ids), [_read(model, [ids[k] for k in rows], rows) for rows in bar])
 
