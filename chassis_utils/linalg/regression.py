@@ -108,7 +108,7 @@ def squared_error(
     fit = m.T @ moments.xx @ m + xb + xb.T + moments.n * torch.outer(b, b)
     cross = m.T @ moments.xy + torch.outer(b, moments.y_sum)
     residual = fit - cross - cross.T + moments.yy
-    return residual.trace() if metric is None else (residual * metric).sum()
+    return _total(residual, metric)
 
 
 def choose_penalty(
@@ -122,12 +122,11 @@ def choose_penalty(
     best (`as_good_as_the_best`) the largest penalty is taken, so that no noise decides where the error is flat.
     """
     whole = merge(folds)
-    metric = torch.eye(len(whole.y_sum)).to(whole.yy) if metric is None else metric
     unit = mean_eigenvalue(whole) or 1.0  # constant inputs: any penalty gives the mean
     candidates = whole.xx.new_tensor([factor * unit for factor in relative])
     held_out = torch.stack([_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds])
     errors = held_out.sum(0) / whole.n
-    variance = max(0.0, float((whole.yy_centred * metric).sum() / whole.n))  # of constant targets it is noise
+    variance = max(0.0, float(_total(whole.yy_centred, metric) / whole.n))  # of constant targets it is noise
     best = float(candidates[as_good_as_the_best(held_out, whole.n, variance)].max())
     return best, dict(zip(candidates.tolist(), errors.tolist(), strict=True))
 
@@ -151,7 +150,7 @@ def choose_rank(
             for fold, path in zip(folds, paths, strict=True)
         ]
     )
-    variance = float((whole.yy.trace() if metric is None else (whole.yy * metric).sum()) / whole.n)
+    variance = float(_total(whole.yy, metric) / whole.n)
     good = as_good_as_the_best(held_out, whole.n, variance)
     errors = (held_out.sum(0) / whole.n).tolist()
     return min(rank for rank, fits in zip(ranks, good.tolist(), strict=True) if fits), dict(
@@ -173,7 +172,7 @@ def as_good_as_the_best(
 
 
 def _held_out_errors(
-    rest: Moments, fold: Moments, penalties: Float64[Tensor, "k"], metric: Float64[Tensor, "d_y d_y"]
+    rest: Moments, fold: Moments, penalties: Float64[Tensor, "k"], metric: Float64[Tensor, "d_y d_y"] | None
 ) -> Float64[Tensor, "k"]:
     """Squared error on `fold` of ridge fitted to `rest`, for each penalty, from one eigendecomposition.
 
@@ -186,10 +185,16 @@ def _held_out_errors(
     xx = fold.xx_centred + torch.outer(x_off, x_off) / fold.n
     xy = fold.xy_centred + torch.outer(x_off, y_off) / fold.n
     yy = fold.yy_centred + torch.outer(y_off, y_off) / fold.n
-    linear = ((vectors.T @ xy @ metric) * rotated).sum(1)
-    quadratic = (vectors.T @ xx @ vectors) * (rotated @ metric @ rotated.T)
+    weighed = rotated if metric is None else rotated @ metric
+    linear = ((vectors.T @ xy) * weighed).sum(1)
+    quadratic = (vectors.T @ xx @ vectors) * (weighed @ rotated.T)
     weights = 1 / (values.clamp_min(0.0) + penalties[:, None])
-    return (yy * metric).sum() - 2 * weights @ linear + ((weights @ quadratic) * weights).sum(1)
+    return _total(yy, metric) - 2 * weights @ linear + ((weights @ quadratic) * weights).sum(1)
+
+
+def _total(yy: Float64[Tensor, "d_y d_y"], metric: Float64[Tensor, "d_y d_y"] | None) -> Float64[Tensor, ""]:
+    """The sum of y K y^T from that of y^T y."""
+    return yy.trace() if metric is None else (yy * metric).sum()
 
 
 def vocabulary_metric(
