@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from chassis_utils.circulant.patch import mlp_projections, patch
+from chassis_utils.linalg.moments import bad_rows
 from chassis_utils.lm.forward import batches, encode, pad
 from chassis_utils.lm.model import LanguageModel
 from chassis_utils.lm.resume import Reached, giving, run_until
@@ -85,14 +86,15 @@ class PairedForward:
             if batch.as_replaced is None or not batch.as_replaced.holds(path, inside):
                 batch.as_replaced = self._through(batch, batch.replaced, before, inside)
             seen = batch.as_replaced.inputs[path], batch.as_it_is.outputs[path]
-            x, y = (tensor.reshape(*batch.real.shape, -1) for tensor in seen)  # OPT flattens the batch
-            bad = (batch.real & ~(torch.isfinite(x).all(-1) & torch.isfinite(y).all(-1))).nonzero()
-            if len(bad):
-                prompt = batch.prompts[int(bad[0, 0])][:60]
-                raise ValueError(
-                    f"activations of {path!r} are not finite for prompt {prompt!r}: use float32 or drop it"
-                )
-            yield x[batch.real], y[batch.real]
+            x, y = (tensor.reshape(*batch.real.shape, -1)[batch.real] for tensor in seen)  # OPT flattens the batch
+            for rows in (x, y):
+                bad = bad_rows(rows)
+                if len(bad):
+                    prompt = batch.prompts[int(batch.real.nonzero()[bad[0], 0])][:60]
+                    raise ValueError(
+                        f"activations of {path!r} are not finite for prompt {prompt!r}: use float32 or drop it"
+                    )
+            yield x, y
 
     def advance(self, before: Mapping[str, nn.Module]) -> None:
         """On to the next block, through this one as it is, and with `before` in place."""

@@ -14,7 +14,7 @@ q (q + p) B numbers, whatever n; a block row that is cut short adds in_features^
 in_features^3 multiplications.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
@@ -24,7 +24,7 @@ from jaxtyping import Complex128, Float64, Shaped
 from torch import Tensor, nn
 
 from chassis_utils.circulant.layer import BlockCirculantLinear, average, check_block_size, expand
-from chassis_utils.linalg.moments import Moments
+from chassis_utils.linalg.moments import Moments, bad_rows
 from chassis_utils.linalg.regression import (
     RELATIVE_RIDGES,
     LinearMap,
@@ -59,9 +59,10 @@ class CirculantMoments:
         Raises `ValueError` where a row holds NaN or infinity, and for a block size that does not fit.
         """
         check_block_size(block_size, x.shape[1], y.shape[1])
-        bad = (~(torch.isfinite(x).all(1) & torch.isfinite(y).all(1))).nonzero()
-        if len(bad):
-            raise ValueError(f"row {int(bad[0])} is not finite: look at the activations of that token")
+        for rows in (x, y):
+            bad = bad_rows(rows)
+            if len(bad):
+                raise ValueError(f"row {int(bad[0])} is not finite: look at the activations of that token")
         n = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
         square = y.double().square().sum()
         x = nn.functional.pad(x.double(), (0, -x.shape[1] % block_size))
@@ -118,7 +119,8 @@ def activation_aware(linear: nn.Linear, moments: CirculantMoments, penalty: floa
     `penalty` pulls toward averaging. Raises `ValueError` where it is negative, or zero with
     fewer samples than a frequency has unknowns.
     """
-    return BlockCirculantLinear.of(linear, *_fit(moments, average(linear.weight, moments.block_size), penalty))
+    (fitted,) = _fits(moments, average(linear.weight, moments.block_size), [penalty])
+    return BlockCirculantLinear.of(linear, *fitted)
 
 
 def squared_error(moments: CirculantMoments, layer: BlockCirculantLinear) -> float:
@@ -142,33 +144,33 @@ def choose_circulant_penalty(
     penalties = [factor * unit for factor in relative]
     held_out = torch.zeros(len(folds), len(penalties), dtype=torch.float64)
     for number, fold in enumerate(folds):
-        rest = whole - fold
-        for k, penalty in enumerate(penalties):
-            held_out[number, k] = _error(fold, *_fit(rest, start, penalty))
+        for k, fitted in enumerate(_fits(whole - fold, start, penalties)):
+            held_out[number, k] = _error(fold, *fitted)
     good = as_good_as_the_best(held_out, whole.n, float(whole.y_square / whole.n)).tolist()
     errors = dict(zip(penalties, (held_out.sum(0) / whole.n).tolist(), strict=True))
     return max(penalty for penalty, fits in zip(penalties, good, strict=True) if fits), errors
 
 
-def _fit(
-    moments: CirculantMoments, start: Float64[Tensor, "p q block"], penalty: float
-) -> tuple[Float64[Tensor, "p q block"], Float64[Tensor, "out"]]:
-    """First columns and bias of the ridge toward `start`."""
+def _fits(
+    moments: CirculantMoments, start: Float64[Tensor, "p q block"], penalties: Sequence[float]
+) -> Iterator[tuple[Float64[Tensor, "p q block"], Float64[Tensor, "out"]]]:
+    """First columns and bias of the ridge toward `start`, for each penalty."""
     q, whole = moments.xy.shape[1:]
-    check_penalty(penalty, float(moments.n), q + 1)
     towards = _rfft(start[:whole]).permute(2, 1, 0)
     gram = moments.xx_centred
     cross = moments.xy_centred - _products(gram, towards)  # of the part that `start` leaves over
-    ridge = penalty * torch.eye(q, dtype=gram.dtype, device=gram.device)
-    change = [solve_symmetric(a + ridge, b) for a, b in zip(gram, cross, strict=True)]
-    spectrum = towards + torch.stack(change)
-    bias = (moments.y_sum - _outputs(moments.x_sum, spectrum)) / moments.n
-    c = _irfft(spectrum.permute(2, 1, 0), moments.block_size)
-    bias = _irfft(bias.T, moments.block_size, norm="ortho").flatten()
-    if moments.rest is None:
-        return c, bias
-    c_rest, bias_rest = _fit_rest(moments.rest, start[-1], penalty)
-    return torch.cat([c, c_rest[None]]), torch.cat([bias, bias_rest])
+    eye = torch.eye(q, dtype=gram.dtype, device=gram.device)
+    for penalty in penalties:
+        check_penalty(penalty, float(moments.n), q + 1)
+        change = [solve_symmetric(a + penalty * eye, b) for a, b in zip(gram, cross, strict=True)]
+        spectrum = towards + torch.stack(change)
+        bias = (moments.y_sum - _outputs(moments.x_sum, spectrum)) / moments.n
+        c = _irfft(spectrum.permute(2, 1, 0), moments.block_size)
+        bias = _irfft(bias.T, moments.block_size, norm="ortho").flatten()
+        if moments.rest is not None:
+            c_rest, bias_rest = _fit_rest(moments.rest, start[-1], penalty)
+            c, bias = torch.cat([c, c_rest[None]]), torch.cat([bias, bias_rest])
+        yield c, bias
 
 
 def _fit_rest(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from jaxtyping import Float64, Shaped
+from jaxtyping import Float64, Int64, Shaped
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class Moments:
     def of(cls, x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"]) -> "Moments":
         """The moments of one batch; `ValueError` where a row holds NaN or infinity."""
         for name, rows in (("inputs", x), ("targets", y)):
-            bad = (~torch.isfinite(rows).all(dim=1)).nonzero()
+            bad = bad_rows(rows)
             if len(bad):
                 raise ValueError(f"row {int(bad[0])} of the {name} is not finite: look at that prompt's states")
         x, y = x.double(), y.double()
@@ -80,6 +80,13 @@ class Moments:
     def load(cls, path: Path) -> "Moments":
         """Read what `save` wrote."""
         return cls(**load_file(path))
+
+
+def bad_rows(rows: Shaped[Tensor, "n d"]) -> Int64[Tensor, "k"]:
+    """Numbers of the rows that hold NaN or infinity; one pass where there are none, as a sum hides neither."""
+    if torch.isfinite(rows.sum()):
+        return torch.empty(0, dtype=torch.long)
+    return (~torch.isfinite(rows).all(1)).nonzero().flatten()
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
