@@ -83,8 +83,8 @@ class PairedForward:
             batch.as_it_is = batch.as_it_is or self._through(batch, batch.untouched)
             if batch.as_replaced is None and batch.replaced is batch.untouched:
                 batch.as_replaced = batch.as_it_is
-            if batch.as_replaced is None or not batch.as_replaced.holds(path, inside):
-                batch.as_replaced = self._through(batch, batch.replaced, before, inside)
+            if batch.as_replaced is None or not batch.as_replaced.holds(path, frozenset(inside)):
+                batch.as_replaced = self._through(batch, batch.replaced, inside)
             seen = batch.as_replaced.inputs[path], batch.as_it_is.outputs[path]
             x, y = (tensor.reshape(*batch.real.shape, -1)[batch.real] for tensor in seen)  # OPT flattens the batch
             for rows in (x, y):
@@ -102,15 +102,15 @@ class PairedForward:
         for batch in self._batches:
             as_it_is = batch.as_it_is or self._through(batch, batch.untouched)
             if inside or batch.replaced is not batch.untouched:
-                batch.replaced = self._through(batch, batch.replaced, before, inside).states
+                batch.replaced = self._through(batch, batch.replaced, inside).states
             else:
                 batch.replaced = as_it_is.states
             batch.untouched = as_it_is.states
             batch.as_it_is, batch.as_replaced = None, None
         self.layer += 1
 
-    def _inside(self, before: Mapping[str, nn.Module]) -> frozenset[str]:
-        return frozenset(before.keys() & mlp_projections(self.model.network, self.layer).keys())
+    def _inside(self, before: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        return {path: before[path] for path in mlp_projections(self.model.network, self.layer) if path in before}
 
     @torch.no_grad()
     def _enter(self, prompts: list[str], ids: list[list[int]]) -> _Batch:
@@ -129,17 +129,13 @@ class PairedForward:
 
     @torch.no_grad()
     def _through(
-        self,
-        batch: _Batch,
-        states: Float[Tensor, "n t d"],
-        before: Mapping[str, nn.Module] | None = None,
-        inside: frozenset[str] = frozenset(),
+        self, batch: _Batch, states: Float[Tensor, "n t d"], inside: Mapping[str, nn.Module] | None = None
     ) -> _Run:
-        """Run the block with `before` in place, and note what its projections read and give.
+        """Run the block with `inside` in place, and note what its projections read and give.
 
         What an earlier run from the same states found before the first projection is not run again.
         """
-        run = _Run(inside, states, {}, {}, {})
+        run = _Run(frozenset(inside or {}), states, {}, {}, {})
         block, same = self.model.blocks[self.layer], batch.as_replaced if states is batch.replaced else None
 
         def note(path: str, _: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
@@ -150,7 +146,7 @@ class PairedForward:
                 run.earlier[part] = output
 
         with ExitStack() as stack:
-            stack.enter_context(patch(self.model.network, before or {}))
+            stack.enter_context(patch(self.model.network, inside or {}))
             for path, module in mlp_projections(self.model.network, self.layer).items():
                 stack.callback(module.register_forward_hook(partial(note, path)).remove)
             for part in block.children():

@@ -116,11 +116,14 @@ def patch(network: PreTrainedModel, replacements: Mapping[str, nn.Module]) -> Pa
         raise TypeError(
             f"a {type(network).__name__} has no layers to be replaced: give the `network` of a loaded model"
         )
-    present = dict(network.named_modules())
     for path, module in replacements.items():
-        if path not in present:
-            raise ValueError(f"a {type(network).__name__} has no module {path!r}: see `mlp_projections` for its paths")
-        new, old = _sizes(module), _sizes(present[path])
+        try:
+            present = network.get_submodule(path)
+        except AttributeError:
+            raise ValueError(
+                f"a {type(network).__name__} has no module {path!r}: see `mlp_projections` for its paths"
+            ) from None
+        new, old = _sizes(module), _sizes(present)
         if new != old:
             raise ValueError(f"{path!r} maps {old[0]} -> {old[1]}, its replacement {new[0]} -> {new[1]}")
     return Patch(network, replacements)
