@@ -224,6 +224,15 @@ def test_one_step_takes_the_first_token_of_the_encoded_text(toy: Toy) -> None:
     assert found.calls == 0
 
 
+@given(toy=toys, before=st.sampled_from(CONTEXTS_BYTE_LEVEL))
+def test_safe_cuts_inside_tokens_are_those_of_the_joined_text(toy: Toy, before: str) -> None:
+    base, known = toy.base, toy.base.characters(before.encode())
+    joined = [base.characters(before.encode() + (piece or b"")) for piece in toy.expert.pieces]
+    expected = [base.has_safe_cut(text, len(known)) for text in joined]
+    found = toy.bridge.safe_inside(before.encode()).tolist()
+    assert all(found[k] == expected[k] for k in range(len(joined)) if k not in toy.expert.ends)
+
+
 class Writer:
     """An expert that writes letter by letter, so that what follows depends on the text alone; four at most."""
 

@@ -9,6 +9,7 @@ once, by one segmentation of the expert's vocabulary; one `index_add_` a batch.
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -36,9 +37,10 @@ class Bridge:
     resolved: Bool[Tensor, "v_e"]  # whether nothing that follows can change it
     is_text: Bool[Tensor, "v_e"]  # whether it is text that the base can write, or the end of it
     unwritable: Bool[Tensor, "v_e"]  # whether it is text that the base cannot write
-    initial: Int[Tensor, "v_e"]  # number of its first character in `initials`
-    initials: tuple[str, ...]
+    beginning: Int[Tensor, "v_e"]  # number of its first two characters in `beginnings`
+    beginnings: tuple[str, ...]
     _boundaries: dict[str, Bool[Tensor, "v_e"]] = field(default_factory=dict)
+    _inside: dict[str, Bool[Tensor, "v_e"]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, base: Segmenter, expert: ByteTable) -> "Bridge":
@@ -54,11 +56,11 @@ class Bridge:
         if base.table.end is not None:
             for token in expert.ends:
                 first[token], resolved[token], is_text[token] = base.table.end, True, True
-        initials = dict.fromkeys(text[:1] for text in texts)  # "" for none that is certain
-        number = {character: k for k, character in enumerate(initials)}
-        initial = torch.tensor([number[text[:1]] for text in texts])
-        tables = torch.tensor(first), torch.tensor(resolved), torch.tensor(is_text), torch.tensor(unwritable), initial
-        return cls(base, expert, *tables, tuple(initials))
+        beginnings = dict.fromkeys(text[:2] for text in texts)  # "" where no character is certain
+        number = {characters: k for k, characters in enumerate(beginnings)}
+        beginning = torch.tensor([number[text[:2]] for text in texts])
+        tables = torch.tensor(first), torch.tensor(resolved), torch.tensor(is_text), torch.tensor(unwritable), beginning
+        return cls(base, expert, *tables, tuple(beginnings))
 
     @classmethod
     def between(cls, base: LanguageModel, expert: LanguageModel) -> "Bridge":
@@ -109,16 +111,27 @@ class Bridge:
             return torch.zeros_like(self.resolved)
         last = text[-2:]
         if last not in self._boundaries:
-            safe = [bool(character) and self.base.is_safe(last + character, len(last)) for character in self.initials]
-            self._boundaries[last] = torch.tensor(safe)[self.initial]
+            safe = [bool(begin) and self.base.is_safe(last + begin[:1], len(last)) for begin in self.beginnings]
+            self._boundaries[last] = torch.tensor(safe)[self.beginning]
         return self._boundaries[last]
 
-    def first_tokens(self, context: bytes, data: list[bytes]) -> list[tuple[int, bool]]:
+    def safe_inside(self, before: bytes) -> Bool[Tensor, "v_e"]:
+        """Which tokens have a safe cut between two of their characters, following the text `before`.
+
+        It is no half character at its end. Of the text before a cut two characters decide, so that only the cut
+        behind a token's first character depends on `before` at all, and that on its last character.
+        """
+        last = self.base.characters(before)[-1:]
+        if last not in self._inside:
+            safe = [len(begin) == 2 and self.base.is_safe(last + begin, len(last) + 1) for begin in self.beginnings]
+            self._inside[last] = self.resolved | torch.tensor(safe)[self.beginning]
+        return self._inside[last]
+
+    def first_tokens(self, context: bytes, data: list[bytes]) -> tuple[Int[np.ndarray, "k"], Bool[np.ndarray, "k"]]:
         """First base token of each byte string behind the end of a context, and whether it re-merges with it."""
         (start,) = self.base.segment([context])
         whole = self.base.segment([context + text for text in data])
-        alone = self.base.segment(data) if start else whole
-        return [
-            (ids[len(start)], False) if ids[: len(start)] == start else (own[0], True)
-            for ids, own in zip(whole, alone, strict=True)
-        ]
+        remerged = [ids[: len(start)] != start for ids in whole]
+        alone = iter(self.base.segment([text for text, changed in zip(data, remerged, strict=True) if changed]))
+        first = [next(alone)[0] if changed else ids[len(start)] for ids, changed in zip(whole, remerged, strict=True)]
+        return np.array(first), np.array(remerged)

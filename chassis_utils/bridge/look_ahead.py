@@ -107,6 +107,21 @@ class _Light:
     masses: Float64[Tensor, "k"]
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """A text with one token more each, heaviest first: arrays, because thousands wait for each that is taken."""
+
+    node: _Node
+    tokens: Int[np.ndarray, "k"]
+    masses: Float64[np.ndarray, "k"]
+    first: Int[np.ndarray, "k"]  # base tokens if the texts ended here
+    remerged: Bool[np.ndarray, "k"]
+
+    def __getitem__(self, part: slice | Bool[np.ndarray, "k"]) -> "_Texts":
+        """Some of them, in the same order."""
+        return _Texts(self.node, self.tokens[part], self.masses[part], self.first[part], self.remerged[part])
+
+
 class _Search:
     """Best-first search over what the expert may write behind one context."""
 
@@ -114,14 +129,15 @@ class _Search:
         self.bridge, self.delta = bridge, delta
         self.context = bridge.base.unsettled_end(text)
         self.q, self.remerged = (np.zeros(len(bridge.base.table.pieces)) for _ in range(2))
-        self.texts: list[tuple[float, int, _Node]] = []  # two heaps by negative mass; of equal ones the older first
+        # two heaps, by the negative mass of the heaviest text and of all light tokens; of equal ones the older first
+        self.texts: list[tuple[float, int, _Texts]] = []
         self.light: list[tuple[float, int, _Light]] = []
         self._age = itertools.count()
 
     @property
     def unresolved(self) -> float:
         """Mass of all that waits."""
-        return -math.fsum(mass for heap in (self.texts, self.light) for mass, *_ in heap)
+        return math.fsum(waiting.masses.sum() for heap in (self.texts, self.light) for *_, waiting in heap)
 
     def start(self, p: Float64[Tensor, "v_e"]) -> None:
         """Expert tokens right behind the context."""
@@ -134,8 +150,15 @@ class _Search:
 
     def heaviest(self, count: int) -> list[tuple[float, _Node]]:
         """Take the heaviest unresolved texts with their masses, which `follow` then shares out."""
-        taken = [heapq.heappop(self.texts) for _ in range(min(count, len(self.texts)))]
-        return [(-mass, node) for mass, _, node in taken]
+        taken: list[tuple[float, _Node]] = []
+        while self.texts and len(taken) < count:
+            mass, age, texts = self.texts[0]
+            taken.append((-mass, self._first_of(texts)))
+            if len(texts.tokens) > 1:
+                heapq.heapreplace(self.texts, (-float(texts.masses[1]), age, texts[1:]))
+            else:
+                heapq.heappop(self.texts)
+        return taken
 
     def follow(self, node: _Node, p: Float64[Tensor, "v_e"]) -> None:
         """What the expert writes after a text, `p` adding up to its mass: settled behind a safe cut, else grown."""
@@ -147,8 +170,8 @@ class _Search:
     def result(self, calls: int) -> Bridged:
         """What was found, unresolved texts cut as if they ended there; the search can go on."""
         unresolved, so_far = self.unresolved, (self.q.copy(), self.remerged.copy())
-        for mass, _, node in self.texts:
-            self._add(node, -mass)
+        for *_, texts in self.texts:
+            self._add_texts(texts)
         for _, _, waiting in self.light:
             if waiting.node.data:
                 self._add(waiting.node, float(waiting.masses.sum()))
@@ -166,6 +189,10 @@ class _Search:
         self.q[node.first] += mass
         if node.remerged:
             self.remerged[node.first] += mass
+
+    def _add_texts(self, texts: _Texts) -> None:
+        np.add.at(self.q, texts.first, texts.masses)
+        np.add.at(self.remerged, texts.first[texts.remerged], texts.masses[texts.remerged])
 
     def _add_tokens(self, tokens: Int[Tensor, "k"], masses: Float64[Tensor, "k"]) -> None:
         np.add.at(self.q, self.bridge.first[tokens].numpy(), masses.numpy())
@@ -188,16 +215,30 @@ class _Search:
                 heapq.heappush(self.light, (-float(left.masses.sum()), next(self._age), left))
 
     def _expand(self, node: _Node, tokens: Int[Tensor, "k"], masses: Float64[Tensor, "k"]) -> None:
-        base, chosen = self.bridge.base, tokens.tolist()
-        data = [node.data + (self.bridge.expert.pieces[token] or b"") for token in chosen]
+        data = [node.data + (self.bridge.expert.pieces[token] or b"") for token in tokens.tolist()]
+        if node.context or node.data:
+            first, remerged = self.bridge.first_tokens(node.context, data)
+        else:
+            first, remerged = self.bridge.first[tokens].numpy(), np.zeros(len(tokens), dtype=bool)
+        texts = _Texts(node, tokens.numpy(), masses.numpy(), first, remerged)
+        settled = self._settled(node, tokens, data)
+        self._add_texts(texts[settled])
+        if not settled.all():
+            left = texts[~settled]
+            heapq.heappush(self.texts, (-float(left.masses[0]), next(self._age), left))
+
+    def _settled(self, node: _Node, tokens: Int[Tensor, "k"], data: list[bytes]) -> Bool[np.ndarray, "k"]:
+        """Behind which tokens a safe cut lies where none did before."""
+        base, before = self.bridge.base, node.context + node.data
+        if not base.is_open(before):
+            return self.bridge.safe_inside(before)[tokens].numpy()
         start = len(base.characters(node.context))
-        children = zip(chosen, data, self.bridge.first_tokens(node.context, data), masses.tolist(), strict=True)
-        for token, text, (first, remerged), mass in children:
-            child = _Node([*node.tokens, token], text, node.context, first, remerged)
-            if base.has_safe_cut(base.characters(node.context + text), start):
-                self._add(child, mass)
-            else:
-                heapq.heappush(self.texts, (-mass, next(self._age), child))
+        return np.array([base.has_safe_cut(base.characters(node.context + text), start) for text in data])
+
+    def _first_of(self, texts: _Texts) -> _Node:
+        node, token = texts.node, int(texts.tokens[0])
+        data = node.data + (self.bridge.expert.pieces[token] or b"")
+        return _Node([*node.tokens, token], data, node.context, int(texts.first[0]), bool(texts.remerged[0]))
 
 
 class Continuations:
@@ -214,7 +255,7 @@ class Continuations:
         if self.length:
             with torch.inference_mode():
                 read = torch.tensor([ids[:-1]], device=model.device)
-                self.cache = model.network(read, use_cache=True).past_key_values
+                self.cache = model.body(read, use_cache=True).past_key_values
 
     @torch.inference_mode()
     def __call__(self, rows: list[list[int]]) -> Float64[Tensor, "n v_e"]:
@@ -224,6 +265,6 @@ class Continuations:
         if cache is not None:
             cache.batch_repeat_interleave(len(rows))
         mask = torch.cat([mask.new_ones(len(rows), self.length), mask], dim=1)
-        logits = self.model.network(padded, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        states = self.model.body(padded, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
         ends = torch.tensor([len(row) for row in rows])
-        return logits[torch.arange(len(rows)), ends].cpu().double().softmax(-1)
+        return self.model.head(states[torch.arange(len(rows)), ends].cpu()).double().softmax(-1)
