@@ -5,7 +5,7 @@ depends on this module.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float64, Int, Shaped
@@ -17,6 +17,7 @@ from chassis_utils.lm.model import Head
 
 RIDGE = 1e-3  # added to the Gram matrix of every fit of the CHASSIS study, never chosen
 KEPT = 2048 / 32000  # share of the vocabulary that method A edits
+ROWS = 256  # targets whose float64 copies are held at once
 
 
 def layer_lens(h: Shaped[Tensor, "n d"], logits: Shaped[Tensor, "n vocab"]) -> LinearMap:
@@ -26,8 +27,7 @@ def layer_lens(h: Shaped[Tensor, "n d"], logits: Shaped[Tensor, "n vocab"]) -> L
     chosen, is nothing against the Gram matrix. Use `adapters.lens.fit_lens` on varied text, whose
     penalty is chosen on held-out groups and whose systems are d x d.
     """
-    x, y = h.double(), logits.double()
-    return _ridge(x, y)
+    return _Ridge.of(h)(logits)
 
 
 def projected_alignment(
@@ -38,7 +38,7 @@ def projected_alignment(
     Flaw: the state itself passes through the k-dimensional basis, so everything outside is
     lost, edited or not. Use a fit of the edit h_e - h, added back to the untouched h.
     """
-    inner = _ridge(h.double() @ basis, expert.double() @ basis)
+    inner = _Ridge.of(h.double() @ basis)(expert.double() @ basis)
     return LinearMap(basis @ inner.weight @ basis.T, inner.bias @ basis.T)
 
 
@@ -79,11 +79,21 @@ def method_a(
     largest norm belong to rare tokens; the SVD is truncated in the wrong norm; the intercept stays
     that of full rank, so truncation moves the mean. Use `adapters.fit.fit_logits`.
     """
-    lens = layer_lens(h, logits)
+    ridge = _Ridge.of(h)
+    lens = ridge(logits)
     columns = largest_columns(lens) if columns is None else columns
-    edited = LinearMap(lens.weight[:, columns], lens.bias[columns])
-    change = (edited(h) - head(h)[:, columns].double()) / head.scale
-    return MethodA(truncated_ridge(h, change), columns, head)
+    kept = LinearMap(lens.weight[:, columns], lens.bias[columns])
+    own = ridge(_part(head, columns)(h))
+    # the second ridge of what is linear in h: X^T X = G - lambda, so that none of its targets need be computed
+    weight = (kept.weight - RIDGE * ridge.solve(kept.weight) - own.weight) / head.scale
+    mean = ridge.mean[None]
+    bias = ((kept(mean) - own(mean)) / head.scale - mean @ weight)[0]
+    return MethodA(_truncated(LinearMap(weight, bias)), columns, head)
+
+
+def _part(head: Head, columns: Int[Tensor, "k"]) -> Head:
+    """The same head for some of the tokens."""
+    return replace(head, weight=head.weight[columns], bias=None if head.bias is None else head.bias[columns])
 
 
 def largest_columns(lens: LinearMap) -> Int[Tensor, "k"]:
@@ -97,9 +107,12 @@ def truncated_ridge(x: Shaped[Tensor, "n p"], y: Shaped[Tensor, "n q"]) -> RankP
 
     Flaws: see `method_a`. Use `regression.reduced_rank`.
     """
-    fit = _ridge(x.double(), y.double())
-    u, s, vt = torch.linalg.svd(fit.weight, full_matrices=False)
-    return RankPath(u * s, vt.T, s, torch.zeros_like(fit.weight[:, 0]), fit.bias)
+    return _truncated(_Ridge.of(x)(y))
+
+
+def _truncated(fit: LinearMap) -> RankPath:
+    v, s, ut = torch.linalg.svd(fit.weight.T, full_matrices=False)  # of the tall one: half the time of the wide one
+    return RankPath(ut.T * s, v, s, torch.zeros_like(fit.weight[:, 0]), fit.bias)
 
 
 def hidden_to_hidden(h: Shaped[Tensor, "n d"], expert: Shaped[Tensor, "n d"]) -> RankPath:
@@ -126,8 +139,29 @@ def as_state_edit(adapter: Adapter, head: Head, inverse: bool = False) -> Adapte
     return Adapter("state", adapter.down, factors[:, :-1], factors[:, -1], adapter.head_fingerprint)
 
 
-def _ridge(x: Float64[Tensor, "n p"], y: Float64[Tensor, "n q"]) -> LinearMap:
-    x_mean, y_mean = x.mean(0), y.mean(0)
-    gram = (x - x_mean).T @ (x - x_mean) + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = solve_symmetric(gram, (x - x_mean).T @ (y - y_mean))
-    return LinearMap(weight, y_mean - x_mean @ weight)
+@dataclass(frozen=True)
+class _Ridge:
+    """Centred ridge from the same inputs to any targets."""
+
+    mean: Float64[Tensor, "p"]
+    centred: Float64[Tensor, "n p"]
+    gram: Float64[Tensor, "p p"]  # with the penalty on its diagonal
+
+    @classmethod
+    def of(cls, x: Shaped[Tensor, "n p"]) -> "_Ridge":
+        mean = x.double().mean(0)
+        centred = x.double() - mean
+        return cls(mean, centred, centred.T @ centred + RIDGE * torch.eye(x.shape[1], dtype=torch.float64))
+
+    def __call__(self, y: Shaped[Tensor, "n q"]) -> LinearMap:
+        """The targets, a few rows at a time: a float64 copy of all would spend its time on memory."""
+        cross, y_sum = (torch.zeros(rows, y.shape[1], dtype=torch.float64) for rows in (len(self.mean), 1))
+        for inputs, targets in zip(self.centred.split(ROWS), y.split(ROWS), strict=True):
+            cross.addmm_(inputs.T, targets.double())
+            y_sum += targets.double().sum(0)
+        weight = self.solve(cross)
+        return LinearMap(weight, y_sum[0] / len(y) - self.mean @ weight)
+
+    def solve(self, cross: Float64[Tensor, "p q"]) -> Float64[Tensor, "p q"]:
+        """The weight of given cross products of inputs and targets."""
+        return solve_symmetric(self.gram, cross)
