@@ -283,6 +283,20 @@ def test_profile_sets_parameters_and_checkpoints_are_inputs(project: Path) -> No
     assert checkpoint in first.reads
 
 
+def test_a_profile_sets_parameters_of_one_notebook_under_its_name(project: Path) -> None:
+    set_profile(project, "share: 0.25\n00_first: {size: 3, share: 0.75}")
+    first, second = plan(project, "micro")
+    assert first.parameters == {"size": 3, "share": 0.75}
+    assert second.parameters == {"share": 0.25}
+    for wrong, message in {
+        "{sise: 3}": "sets 'sise', a parameter that 00_first",
+        "3": "to 3: give its parameters",
+    }.items():
+        set_profile(project, f"00_first: {wrong}")
+        with pytest.raises(PlanError, match=message):
+            plan(project, "micro")
+
+
 def test_other_profiles_never_touch_the_committed_results(project: Path) -> None:
     (project / "notebooks" / "profiles" / "own.yaml").write_text("size: 2")
     writes = [path for step in plan(project, "own") for path in step.writes]

@@ -1,9 +1,9 @@
 """What a run of the paper consists of: one step per notebook, with all that it reads and writes.
 
 A notebook declares itself (`paper.notebook`): typed parameters, the tables and figures it writes, the tables of other
-notebooks and the checkpoints that it reads. A profile (`notebooks/profiles/*.yaml`) sets parameters and nothing else.
-Whatever is wrong is one sentence, said before anything runs. Cost: milliseconds per notebook, and nothing heavy is
-imported.
+notebooks and the checkpoints that it reads. A profile (`notebooks/profiles/*.yaml`) sets parameters of all notebooks
+or, under a notebook's name, of that one alone. Whatever is wrong is one sentence, said before anything runs. Cost:
+milliseconds per notebook, and nothing heavy is imported.
 """
 
 import os
@@ -52,6 +52,7 @@ def plan(root: Path, profile: str) -> list[Step]:
     """
     notebooks = [Notebook.read(path) for path in numbered_notebooks(root)]
     values = read_profile(root / "notebooks" / "profiles", profile)
+    own = {name: values.pop(name) for name in [each.path.stem for each in notebooks] if name in values}
     known = sorted({name for notebook in notebooks for name in notebook.parameters})
     for name in values:
         if name not in known:
@@ -64,7 +65,7 @@ def plan(root: Path, profile: str) -> list[Step]:
             f"profile {profile!r} does not name itself, so its tables would pass for another's: "
             f"set `profile` to {profile} in its file"
         )
-    steps = [_step(root, profile, notebook, values) for notebook in notebooks]
+    steps = [_step(root, profile, notebook, values, own.get(notebook.path.stem, {})) for notebook in notebooks]
     writers: dict[Path, str] = {}
     for step in steps:
         for path in step.writes:
@@ -125,8 +126,12 @@ def result_folders(root: Path, profile: str) -> tuple[Path, Path]:
     return root / "paper" / "tables" / own, root / "figures" / own
 
 
-def _step(root: Path, profile: str, notebook: Notebook, values: dict[str, Any]) -> Step:
-    chosen = {name: value for name, value in values.items() if name in notebook.parameters}
+def _step(root: Path, profile: str, notebook: Notebook, values: dict[str, Any], own: Any) -> Step:
+    if not isinstance(own, dict):
+        raise PlanError(
+            f"profile {profile!r} sets {notebook.path.stem!r} to {own!r:.200}: give its parameters by name, with values"
+        )
+    chosen = {name: value for name, value in values.items() if name in notebook.parameters} | own
     notebook.check(chosen, f"profile {profile!r}")
     for name in (name for name in MODEL_PARAMETERS if str(chosen.get(name, "")).startswith(FETCHED)):
         if not (root / chosen[name] / "config.json").is_file():
@@ -138,6 +143,9 @@ def _step(root: Path, profile: str, notebook: Notebook, values: dict[str, Any]) 
         figures / f"{name}{end}" for name in notebook.names_given_to("save_figure", 1) for end in FIGURE_SUFFIXES
     ]
     read = [tables / f"{name}.csv" for name in notebook.names_given_to("read_table", 0)]
+    for committed in COMMITTED:
+        there, _ = result_folders(root, committed)
+        read += [there / f"{name}.csv" for name in notebook.names_given_to("read_committed", 0)]
     read += [root / "paper" / "reported" / f"{name}.csv" for name in notebook.names_given_to("read_reported", 0)]
     return Step(
         notebook=notebook.path,

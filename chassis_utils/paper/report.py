@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from chassis_utils.files import BUILD, ROOT, write_together
 from chassis_utils.paper import tables
 from chassis_utils.paper.notebook import DEFAULT_PROFILE, MODEL_PARAMETERS, Notebook, PlanError, numbered_notebooks
-from chassis_utils.paper.plan import result_folders
+from chassis_utils.paper.plan import COMMITTED, result_folders
 from chassis_utils.paper.style import theme
 
 VERSIONED = ("torch", "transformers", "numpy", "scipy")
@@ -109,6 +109,13 @@ def read_table(name: str) -> pd.DataFrame:
     writers = [notebook.path.stem for notebook in notebooks if name in notebook.names_given_to("save_table", 1)]
     remedy = f"run notebook {writers[0]} first" if writers else "no notebook writes it, check the name"
     return _read(folder / f"{name}.csv", f"with profile {profile!r}: {remedy}")
+
+
+def read_committed(name: str) -> pd.DataFrame:
+    """A table in all profiles whose results are in the repository, one under the other; the first column says which."""
+    folders = {profile: result_folders(ROOT, profile)[0] for profile in COMMITTED}
+    remedy = "with profile {0!r}: run `make paper PROFILE={0}` first"
+    return pd.concat([_read(folder / f"{name}.csv", remedy.format(profile)) for profile, folder in folders.items()])
 
 
 def read_reported(name: str) -> pd.DataFrame:
