@@ -28,6 +28,7 @@ from chassis_utils.lm import states
 from chassis_utils.lm.forward import continuations, read_logits
 from chassis_utils.lm.last_token import Prefixes
 from chassis_utils.lm.model import LanguageModel, load
+from chassis_utils.lm.reader import Reader
 from chassis_utils.lm.states import collect
 from chassis_utils.metrics import kl_divergence
 from chassis_utils.text.prompts import Prompt
@@ -178,6 +179,16 @@ def check_prefixes(model: LanguageModel) -> None:
         close(prefixes.finish(), full_states(model))
 
 
+def check_reader(model: LanguageModel) -> None:
+    """Rows read again with other ends, of other lengths, give what full passes of each alone give."""
+    reader, rows = Reader(model), model.encode(TEXTS)
+    for cut, added in ((0, []), (0, [7]), (2, [8, 9]), (1, [5, 6, 7]), (3, [])):
+        rows = [[*row[: max(len(row) - cut * (k % 2), 1)], *added[: k + 1]] for k, row in enumerate(rows)]
+        for row, found in zip(rows, reader(rows), strict=True):
+            with torch.inference_mode():
+                close(found, model.network(torch.tensor([row]), use_cache=False).logits[0, -1:])
+
+
 def check_edits(model: LanguageModel) -> None:
     """Adapters of a middle layer: nothing added changes nothing, anything else does what hooks by hand do."""
     prefixes = Prefixes.of(model, TEXTS)
@@ -281,6 +292,7 @@ CHECKS: dict[str, Callable[[LanguageModel], None]] = {
     "states": check_states,
     "final norm": check_norm,
     "prefixes": check_prefixes,
+    "reader": check_reader,
     "middle layer": check_edits,
     "continuations": check_continuations,
     "port": check_port,
@@ -314,7 +326,8 @@ PAGE = """# What works with which architecture
 Rows are `model_type` in transformers, tried with tiny random models; a cell is `ok` where the function gives what plain
 full passes of each text give, and otherwise the reason in the `ValueError` that refuses it. Columns: `collect` and the
 head; `final_norm`; `Prefixes` (a model with a recurrent state keeps none and reads whole prompts each time: the same
-numbers, slower); edits of a middle layer; `continuations`; `Port`; `train_lora`; `replacements` of a block's MLP.
+numbers, slower); `Reader`, likewise, with which a device alongside reads; edits of a middle layer; `continuations`;
+`Port`; `train_lora`; `replacements` of a block's MLP.
 Other architectures are taken by what their modules are, not by name. `tests/test_architectures.py` tests every cell
 and writes this page.
 
