@@ -25,6 +25,7 @@ PUBLIC = {  # name -> where it is defined
     "Bridge": "bridge.bridge",
     "Sibling": "experts.sibling",
     "BridgedExpert": "experts.bridged",
+    "Alongside": "experts.alongside",
     "fit": "adapters.fit",
     "Adapter": "adapters.adapter",
     "Port": "adapters.port",

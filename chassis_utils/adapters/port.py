@@ -5,6 +5,9 @@ h + (h A) B^T + b, or adds (h A) B^T + b and the intercept to W h. Two hooks on 
 embeddings do it, one before and one after; scale, cap, cache, sampling and beams follow as ever.
 The hooks are there only inside `with port.use(...)`: before and after, the network is untouched.
 
+A device (`experts.alongside`) is plugged in as an adapter is, and acts in `generate` alone, where the text is known:
+there it is one more logits processor, behind the adapters.
+
 Cost per token: two matmuls with the factors, whatever the number of adapters. Those of a mixed batch
 stand side by side (once more in memory while in use) and a row keeps the columns of its own, so
 its cost is that of the sum of their ranks.
@@ -13,15 +16,19 @@ Numerics: factors are rounded once to the network's dtype, `Adapter.edit` keeps 
 off by about eps |h| |A| |B|: below the rounding of W h itself unless the edit outweighs the state.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from chassis_utils.adapters.adapter import Adapter, Space
+from chassis_utils.experts.alongside import Alongside
 from chassis_utils.lm.forward import continuations
 from chassis_utils.lm.model import HEAD_TOLERANCE, PROBE, LanguageModel, require_model
 
@@ -67,12 +74,8 @@ class _Mixture:
 
     def __call__(self, h: Shaped[Tensor, "rows t d"]) -> Shaped[Tensor, "rows t out"]:
         """What is added; row i of n stands for its whole share of the batch, as beams expand it."""
-        chosen = len(self.shifts)
-        if len(h) % chosen:
-            raise ValueError(
-                f"{chosen} rows have been chosen for a batch of {len(h)}: give one name for all, or one for each prompt"
-            )
-        code = (h.unflatten(0, (chosen, -1)) @ self.down).masked_fill(self.foreign, 0.0)
+        shares = h.unflatten(0, (len(self.shifts), _share(len(h), len(self.shifts))))
+        code = (shares @ self.down).masked_fill(self.foreign, 0.0)
         return (code @ self.up + self.shifts).flatten(0, 1)
 
 
@@ -83,6 +86,30 @@ class _Selection:
     names: frozenset[str]
     state: _Mixture | None
     vocabulary: _Mixture | None
+    devices: "_Devices"
+
+
+@dataclass(frozen=True)
+class _Devices(LogitsProcessor):
+    """One device, or none, for each of n rows; as beams expand them, row i of n stands for its whole share."""
+
+    rows: Sequence[Alongside | None]
+
+    def __call__(self, input_ids: Int[Tensor, "n t"], scores: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
+        share, mixed = _share(len(scores), len(self.rows)), scores.clone()
+        for device in dict.fromkeys(device for device in self.rows if device is not None):
+            here = [row for row in range(len(scores)) if self.rows[row // share] is device]
+            mixed[here] = device(input_ids[here], scores[here])
+        return mixed
+
+
+def _share(batch: int, chosen: int) -> int:
+    """Rows of a batch that belong to each of the chosen ones."""
+    if batch % chosen:
+        raise ValueError(
+            f"{chosen} rows have been chosen for a batch of {batch}: give one name for all, or one for each prompt"
+        )
+    return batch // chosen
 
 
 class Port:
@@ -101,27 +128,34 @@ class Port:
     def __init__(self, model: LanguageModel) -> None:
         require_model(model)
         self.model = model
-        self._plugged: dict[str, dict[Space, _Edit]] = {}
+        self._plugged: dict[str, dict[Space, _Edit]] = {}  # a device edits nothing
+        self._devices: dict[str, Alongside] = {}
         self._selections: list[_Selection] = []  # of the `with` blocks that are open, the innermost last
         self._check_input()
 
     @property
     def names(self) -> list[str]:
-        """Adapters that can be used, in the order they were plugged in."""
+        """Adapters and devices that can be used, in the order they were plugged in."""
         return list(self._plugged)
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes that each adapter holds on the network's device."""
-        return {name: sum(edit.bytes for edit in edits.values()) for name, edits in self._plugged.items()}
+        """Bytes that each adapter holds on the network's device, and the weights of each device's expert on its own."""
+        edits = {name: sum(edit.bytes for edit in edits.values()) for name, edits in self._plugged.items()}
+        return edits | {name: device.expert.network.get_memory_footprint() for name, device in self._devices.items()}
 
-    def plug(self, name: str, adapter: Adapter) -> None:
+    def plug(self, name: str, adapter: Adapter | Alongside) -> None:
         """Make `adapter` ready for use under `name`, its numbers in the network's dtype and on its device.
 
-        Raises `ValueError` for a name that is taken and an adapter fitted to another head.
+        Raises `ValueError` for a name that is taken, an adapter fitted to another head and a device of another base.
         """
         if name in self._plugged:
             raise ValueError(f"an adapter is plugged in as {name!r} already: unplug it first, or use another name")
+        if isinstance(adapter, Alongside):
+            if adapter.base.fingerprint != self.model.fingerprint:
+                raise ValueError(f"the device runs beside {adapter.base.name!r}: make one for {self.model.name!r}")
+            self._plugged[name], self._devices[name] = {}, adapter
+            return
         if not isinstance(adapter, Adapter):
             raise TypeError(f"{adapter!r:.60} is no adapter: give what `fit` or `Adapter.from_pretrained` returns")
         adapter.check(self.model.head)
@@ -145,13 +179,14 @@ class Port:
         if any(name in selection.names for selection in self._selections):
             raise ValueError(f"adapter {name!r} is in use: leave the `with` block first")
         del self._plugged[name]
+        self._devices.pop(name, None)
 
     @contextmanager
     def use(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
         """Until the end of the `with` block, one adapter for every row, or one (or None) for each prompt.
 
-        Holds for `forward` and `generate`; n names share a batch of k n rows as beams and several
-        returned sequences expand it, k rows for each. Of nested blocks the innermost holds alone.
+        Adapters hold for `forward` and `generate`, devices for `generate`; n names share a batch of k n rows as beams
+        and several returned sequences expand it, k rows for each. Of nested blocks the innermost holds alone.
         Raises `ValueError` for an unknown name and an empty list, and the network raises it for a
         batch that the number of names does not divide.
         """
@@ -161,6 +196,8 @@ class Port:
         if not self._selections:
             handles.append(self._output.register_forward_pre_hook(self._before))
             handles.append(self._output.register_forward_hook(self._after))
+            generate = vars(self.model.network).get("generate")  # another port's; else the class has it
+            self.model.network.generate = partial(self._generate, self.model.network.generate)
         self._selections.append(selection)
         try:
             yield
@@ -168,6 +205,10 @@ class Port:
             self._selections.pop()
             for handle in handles:
                 handle.remove()
+            if handles and generate is None:
+                del self.model.network.generate
+            elif handles:
+                self.model.network.generate = generate
 
     def generate(self, prompt: str, use: str | None = None, tokens: int = 32) -> str:
         """The greedy continuation of a prompt under one adapter, or by the base alone.
@@ -177,6 +218,14 @@ class Port:
         """
         with self.use(use):
             return continuations(self.model, [prompt], tokens)[0]
+
+    def _generate(self, generate: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
+        """The network's `generate` with the devices in use among its logits processors."""
+        devices = self._selections[-1].devices
+        if any(devices.rows):
+            given = settings.get("logits_processor") or []
+            settings["logits_processor"] = LogitsProcessorList([*given, devices])
+        return generate(*inputs, **settings)
 
     @property
     def _output(self) -> nn.Module:
@@ -190,7 +239,8 @@ class Port:
             self._check_name(name)
         plugged = [{} if name is None else self._plugged[name] for name in rows]
         state, vocabulary = (_Mixture.of([edits.get(space) for edits in plugged]) for space in ("state", "vocabulary"))
-        return _Selection(frozenset(used), state, vocabulary)
+        devices = _Devices([None if name is None else self._devices.get(name) for name in rows])
+        return _Selection(frozenset(used), state, vocabulary, devices)
 
     def _before(self, output: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         edit = self._selections[-1].state
