@@ -149,6 +149,16 @@ def semantic_bridge(table: pd.DataFrame, rank: int) -> None:
     assert best["one_step"] < best["distilled"] < best["adapter"]
 
 
+def device_alongside(table: pd.DataFrame, rank: int) -> None:
+    mixes = table[table["variant"].eq("mix_expert")].set_index(["split", "weight"])
+    weight = mixes.loc["val", "bits_per_byte"].idxmin()
+    there = mixes.loc[("test", weight)]
+    own = table[table["variant"].eq("own_tokens")].iloc[0]
+    assert 0 < weight < 1
+    assert there["bits_saved"] > 2 * there["bits_saved_se"]  # better than the base
+    assert there["bits_per_byte"] < own["bits_per_byte"]  # and than the expert by itself
+
+
 def port(table: pd.DataFrame, rank: int) -> None:
     assert (table.loc[table["variant"].isin(["synthetic", "bias"]), "kl"] < EXACT).all()
 
@@ -157,7 +167,8 @@ CLAIMS: dict[str, Callable[[pd.DataFrame, int], None]] = {
     claim.__name__: claim
     for claim in (
         *(exact_adapter, hidden_alignment, lens_kl, rank_sweep, multilayer_rank_sweep, stacking),
-        *(logit_bias, same_tokenizer_expert, text_bridge, bridge_quality, bridge_adapter, semantic_bridge, port),
+        *(logit_bias, same_tokenizer_expert, port, device_alongside),
+        *(text_bridge, bridge_quality, bridge_adapter, semantic_bridge),
         *(fft_output_errors, fft_patching, fft_calibration, fft_results),
         *(hidden_to_hidden, gradient_refinement, comparison, stress_test),
     )
