@@ -16,13 +16,14 @@ from functools import cached_property
 import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from chassis_utils.adapters.adapter import Adapter
 from chassis_utils.adapters.fit import fit_moments
 from chassis_utils.linalg.moments import Moments
 from chassis_utils.linalg.regression import solve_symmetric
 from chassis_utils.lm.model import Head
-from chassis_utils.metrics import Reference, clearly_lower, kl_loss
+from chassis_utils.metrics import Reference, clearly_lower
 
 LENGTHS = (1.0, 0.5, 0.25, 0.125)  # of a Gauss-Newton step, in the order tried
 DAMPING = 1e-9  # of the curvature, times its mean eigenvalue: only keeps the system solvable
@@ -41,9 +42,36 @@ class Examples:
         """The expert as what adapters are measured against."""
         return Reference(self.logits)
 
+    @cached_property
+    def probabilities(self) -> Shaped[Tensor, "n vocab"]:
+        """The expert's."""
+        return self.logits.softmax(-1)
+
+    @cached_property
+    def _products(self) -> dict[str, Tensor]:
+        return {}
+
+    def product(self, head: Head) -> Shaped[Tensor, "n vocab"]:
+        """What the head makes of the states: kept, so that another adapter costs what its factors cost."""
+        if head.fingerprint not in self._products:
+            self._products[head.fingerprint] = head.product(self.h)
+        return self._products[head.fingerprint]
+
+    def adapted(self, adapter: Adapter, head: Head) -> Shaped[Tensor, "n vocab"]:
+        """The adapted logits from `product`; `ValueError` for a head that the adapter was not fitted to."""
+        adapter.check(head)
+        code, dtype = self.h.double() @ adapter.down, head.weight.dtype
+        mean = code.mean(0)  # goes to the shift, which may cancel most of it, before either is rounded
+        parts = (code - mean, adapter.up, adapter.shift + adapter.up @ mean)
+        return _logits(adapter, head, self.product(head), *(part.to(dtype) for part in parts))
+
     def kl(self, adapter: Adapter, head: Head) -> Float64[Tensor, "n"]:
         """KL(expert || adapted) of each prompt, nats."""
         return self.reference.kl(adapter.logits(self.h, head))
+
+    def mean_kl(self, adapter: Adapter, head: Head) -> float:
+        """Its mean, to search by: from `adapted`."""
+        return float(self.reference.kl(self.adapted(adapter, head)).mean())
 
 
 @dataclass(frozen=True)
@@ -93,15 +121,16 @@ def by_adam(
     rates = [rate * size for size in (sizes if relative else [1.0] * len(sizes))]
     optimizer = torch.optim.Adam([{"params": [factor], "lr": lr} for factor, lr in zip(factors, rates, strict=True)])
     generator = torch.Generator().manual_seed(seed)
-    trail, adapters = [float(train.kl(start, head).mean())], [start]
+    trail, adapters = [train.mean_kl(start, head)], [start]
     whole = head.to(torch.float32)
-    products = whole.product(train.h)
+    h, products, expert = train.h.float(), whole.product(train.h), train.logits.float().log_softmax(-1)
     for _ in range(passes):
         order = torch.randperm(len(train.h), generator=generator).split(batch)
         losses = []
         for rows in order:
-            adapted = _logits(factors, start, whole, train.h[rows].float(), products[rows])
-            loss = kl_loss(train.logits[rows], adapted)
+            code = (h[rows] @ factors[0]) * factors[1].exp()
+            adapted = _logits(start, whole, products[rows], code, *factors[2:]).log_softmax(-1)
+            loss = kl_div(adapted, expert[rows], reduction="batchmean", log_target=True)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -121,7 +150,7 @@ def by_gauss_newton(
     """
     if start.space != "state":
         raise ValueError("Gauss-Newton steps edit the state: give an adapter in state coordinates")
-    trail, adapters = [float(train.kl(start, head).mean())], [start]
+    trail, adapters = [train.mean_kl(start, head)], [start]
     for _ in range(steps):
         step = _step(adapters[-1], head, train, penalty, trail[-1])
         if step is None:
@@ -139,7 +168,7 @@ def _step(current: Adapter, head: Head, train: Examples, penalty: float, kl: flo
         moments = Moments.of(train.h, current.edit(train.h) + length * change)
         fitted = fit_moments([moments], head, curvature, penalty, current.intercept)
         tried = fitted.at(current.rank)
-        reached = float(train.kl(tried, head).mean())
+        reached = train.mean_kl(tried, head)
         if reached < (kl if best is None else best[0]):
             best = (reached, tried)
         elif best is not None:
@@ -150,13 +179,12 @@ def _step(current: Adapter, head: Head, train: Examples, penalty: float, kl: flo
 def _newton(current: Adapter, head: Head, train: Examples) -> tuple[Float64[Tensor, "n d"], Float64[Tensor, "d d"]]:
     """K^-1 W^T (p - q) of each prompt, and the mean curvature K; `gain` is the slope of a softcap."""
     w = head.weight * head.scale
-    logits = current.logits(train.h, head)
-    q = logits.softmax(-1)
-    gain = torch.ones_like(logits) if head.softcap is None else 1 - (logits / head.softcap).square()
-    p = train.logits.softmax(-1)
-    slope = (((p - q) * gain).to(w.dtype) @ w).double()
-    mean_states = ((q * gain).to(w.dtype) @ w).double()
-    shared = (q * gain.square()).double().mean(0)
+    logits = train.adapted(current, head)
+    q, gain = logits.softmax(-1), 1.0 if head.softcap is None else 1 - (logits / head.softcap).square()
+    slope = (((train.probabilities - q) * gain).to(w.dtype) @ w).double()
+    pulled = q * gain
+    mean_states = (pulled.to(w.dtype) @ w).double()
+    shared = (pulled * gain).mean(0, dtype=torch.float64)
     curvature = (w.double().T * shared) @ w.double() - mean_states.T @ mean_states / len(q)
     eye = torch.eye(len(curvature), dtype=torch.float64)
     damped = curvature + DAMPING * curvature.trace() / len(curvature) * eye
@@ -188,10 +216,10 @@ def _with_factors(adapter: Adapter, factors: list[Tensor]) -> Adapter:
     return replace(adapter, down=u * log_s.exp(), up=v, shift=shift)
 
 
-def _logits(factors: list[Tensor], adapter: Adapter, head: Head, h: Tensor, product: Tensor) -> Tensor:
-    """The adapted logits; `product` is what the head makes of `h`, so that a step costs that of the factors."""
-    u, log_s, v, shift = factors
-    code = (h @ u) * log_s.exp()
-    up, constant = (head.weight @ v, head.weight @ shift) if adapter.space == "state" else (v, shift)
-    product = product + code @ up.T + constant
+def _logits(adapter: Adapter, head: Head, product: Tensor, code: Tensor, up: Tensor, shift: Tensor) -> Tensor:
+    """The adapted logits; `product` is what the head makes of the states, so that they cost what the factors do."""
+    rows = torch.vstack([up.T, shift])
+    if adapter.space == "state":
+        rows = rows @ head.weight.T  # several times as fast as its transpose, and so is its gradient
+    product = torch.addmm(product + rows[-1], code, rows[:-1])
     return head.finish(product if adapter.intercept is None else product + adapter.intercept.to(product.dtype))
