@@ -21,7 +21,7 @@ from chassis_utils.linalg.moments import Moments, by_fold
 from chassis_utils.linalg.regression import choose_penalty
 from chassis_utils.lm.last_token import Prefixes, pull_back
 from chassis_utils.lm.model import Head
-from chassis_utils.metrics import clearly_lower, kl_divergence
+from chassis_utils.metrics import Reference, clearly_lower
 
 LENGTHS = (0.5, 1.0)  # of a middle layer's edit, tried beside none
 JUDGES = 3  # one fold in this many
@@ -62,6 +62,32 @@ class Task:
         """The prompts that decide lengths."""
         return [k for k, fold in enumerate(self.folds) if fold % JUDGES == 0]
 
+    @cached_property
+    def expert(self) -> Reference:
+        """The expert on the prompts that judge."""
+        return Reference(self.head(self.target[self.judges]))
+
+    @cached_property
+    def _first(self) -> dict[tuple[int, int], list[tuple[dict[int, Adapter], Tensor]]]:
+        return {}
+
+    def edited(
+        self, middle: dict[int, Adapter], states: Float[Tensor, "layers n d"], layer: int, rank: int
+    ) -> list[tuple[dict[int, Adapter], Float[Tensor, "layers n d"]]]:
+        """`middle` with an edit at `layer` of each of `LENGTHS`, fitted to what `states` lack, and the states then.
+
+        A first edit is kept: every stack of this task begins with the same.
+        """
+        if not middle and (layer, rank) in self._first:
+            return self._first[layer, rank]
+        wanted, metric = pull_back(self.target - states[-1].double(), self.responses[layer], self.metric)
+        fitted = fit_moments(self.moments(states[layer], wanted), self.head, metric).at(rank)
+        longer = [middle | {layer: fitted.scaled(length)} for length in LENGTHS]
+        edited = [(adapters, self.run(adapters)) for adapters in longer]
+        if not middle:
+            self._first[layer, rank] = edited
+        return edited
+
     def run(self, middle: Mapping[int, Adapter]) -> Float[Tensor, "layers n d"]:
         """The states under these edits."""
         return self.prefixes.finish({layer: adapter.edit for layer, adapter in middle.items()})
@@ -79,11 +105,8 @@ def fit_stack(task: Task, layers: Sequence[int], ranks: Sequence[int]) -> Stack:
     states, penalty = task.start
     best = _Trial.of(task, {}, states, ranks[-1], penalty)
     for layer, rank in zip(layers[:-1], ranks[:-1], strict=True):
-        missing = task.target - best.states[-1].double()
-        wanted, metric = pull_back(missing, task.responses[layer], task.metric)
-        fitted = fit_moments(task.moments(best.states[layer], wanted), task.head, metric).at(rank)
-        middles = [best.middle | {layer: fitted.scaled(length)} for length in LENGTHS]
-        trials = [_Trial.of(task, middle, task.run(middle), ranks[-1], penalty) for middle in middles]
+        edited = task.edited(best.middle, best.states, layer, rank)
+        trials = [_Trial.of(task, middle, states, ranks[-1], penalty) for middle, states in edited]
         better = [trial for trial in trials if trial.clearly_better(best, task)]
         best = min(better, key=lambda trial: float(trial.kl.mean()), default=best)
     h = best.states[-1]
@@ -105,7 +128,7 @@ class _Trial:
         moments = task.moments(states[-1], task.target - states[-1].double())
         last = fit_moments(moments, task.head, task.metric, penalty).at(rank)
         adapted = last.logits(states[-1][task.judges], task.head)
-        return cls(middle, states, kl_divergence(task.head(task.target[task.judges]), adapted))
+        return cls(middle, states, task.expert.kl(adapted))
 
     def clearly_better(self, other: "_Trial", task: Task) -> bool:
         """Whether the judges' KL is lower by more than a standard error, prompts of a fold counting as one."""
