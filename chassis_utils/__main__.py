@@ -97,9 +97,11 @@ def _check_inputs(parameters: Mapping[str, Any]) -> None:
     from chassis_utils.text.prompts import read_prompts
 
     for name, value in parameters.items():
-        if value and name.endswith(PROMPT_FILES):
-            documents = name == "prompts_file" and os.path.isdir(locate(value))
-            read_texts(locate(value)) if documents else read_prompts(value)
+        folder = name == "prose" or (name == "prompts_file" and os.path.isdir(locate(value)))
+        if value and folder:
+            read_texts(locate(value))
+        elif value and name.endswith(PROMPT_FILES):
+            read_prompts(value)
     for name in (name for name in MODEL_PARAMETERS if name in parameters):
         from chassis_utils.lm.checkpoint import find_folder  # torch takes seconds
 
