@@ -330,20 +330,22 @@ def test_a_picture_that_rounding_alone_has_moved_stays(tmp_path: Path) -> None:
         staging=tmp_path / "staging",
     )
 
-    def draw(folder: Path, highest: float, content: str) -> None:
+    def draw(folder: Path, highest: float, content: str, code: str = "same") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         figure, axis = plt.subplots()
         axis.plot([0, 1, highest], marker="o")
         for end in ("pdf", "png"):
             figure.savefig(folder / f"first.{end}")
         plt.close(figure)
-        (folder / "first.json").write_text(json.dumps({"content": content}))
+        (folder / "first.json").write_text(json.dumps({"content": content, "code": code}))
 
     draw(figures, 2.0, "before")
     checksums.record(tmp_path, figures.iterdir())
     draw(step.staging / "figures", 2.0 * (1 + 1e-4), "after")
     assert _new_results(step) == []
-    draw(step.staging / "figures", 2.1, "after")
+    draw(step.staging / "figures", 2.0 * (1 + 1e-4), "after", code="other")
+    assert _new_results(step) == step.writes[:-1]
+    draw(step.staging / "figures", 3.0, "after")
     assert _new_results(step) == step.writes[:-1]
 
 

@@ -79,6 +79,11 @@ class Notebook:
         """All code: what must change for the notebook to be run again."""
         return "\n\n".join(cell["source"] for cell in self.cells)
 
+    @property
+    def code_digest(self) -> str:
+        """12 hex digits of the code alone."""
+        return hashlib.sha256(self.code.encode()).hexdigest()[:12]
+
     @cached_property
     def tree(self) -> ast.Module:
         """The parsed code."""

@@ -21,8 +21,8 @@ from chassis_utils.paper.plan import TABLE_SUFFIXES, Step
 
 MOVING = ".moving"  # the ending of a list of what is to be moved, beside the staging folder
 PAPER_DATE = 1_767_225_600  # 2026-01-01, so that equal content compiles to equal bytes
-ROUNDING = 2.0  # of 255, root mean square over a picture: lines that other rounding has moved by part of a pixel
-WHICH_RUN = ("content", "versions")  # of the provenance: who made a result, not what it says
+ROUNDING = 8.0  # of 255, root mean square over a picture: lines that rounding has moved, and chaotic ones redrawn
+WHICH_RUN = ("content", "code", "versions")  # of the provenance: who made a result, not what it says
 
 
 class StepFailed(RuntimeError):
@@ -96,9 +96,9 @@ def compile_paper(root: Path) -> None:
 def _new_results(step: Step) -> list[Path]:
     """The tables that say something else than the stored ones, and the figures that show something else.
 
-    A figure shows the numbers of its notebook's tables: where they agree, a picture that differs by what rounding
-    moves is the same. What was measured with a clock is new with the picture of it, and with other code. What was
-    edited by hand (`paper.checksums`) is made new.
+    A figure shows the numbers of its notebook's tables: where they agree, a picture that the same code has drawn and
+    that differs by what rounding moves is the same. What was measured with a clock is new with the picture of it. What
+    was edited by hand (`paper.checksums`) is made new.
     """
     altered = {(step.root / name).with_suffix("") for name in checksums.altered(step.root)}
     results: dict[Path, list[Path]] = {}
@@ -108,8 +108,7 @@ def _new_results(step: Step) -> list[Path]:
     new = {name for name in tables if name in altered or not _same_table(step, name)}
     figures = (results.keys() - tables) & altered
     if new or not all(_same_content(step, name) for name in results):
-        tolerance = 0.0 if new else ROUNDING
-        figures |= {name for name in results.keys() - tables if not _same_picture(step, name, tolerance)}
+        figures |= {name for name in results.keys() - tables if not _same_picture(step, name, tables_agree=not new)}
         new |= {name for name in tables if figures and _measured(step, name)}
     return [product for name in results if name in new or name in figures for product in results[name]]
 
@@ -133,7 +132,7 @@ def _measured(step: Step, name: Path) -> bool:
     return any(str(column).startswith(MEASURED) for column in pd.read_csv(step.staged(name.with_suffix(".csv"))))
 
 
-def _same_picture(step: Step, name: Path, tolerance: float) -> bool:
+def _same_picture(step: Step, name: Path, tables_agree: bool) -> bool:
     from matplotlib.pyplot import imread
     from matplotlib.testing.compare import calculate_rms
 
@@ -141,6 +140,8 @@ def _same_picture(step: Step, name: Path, tolerance: float) -> bool:
     if not (stored.exists() and _says_the_same(step, name)):
         return False
     pictures = [255 * imread(path) for path in (stored, step.staged(stored))]
+    drawn_by = [_provenance(path.with_suffix(".json")).get("code") for path in (stored, step.staged(stored))]
+    tolerance = ROUNDING if tables_agree and drawn_by[0] == drawn_by[1] else 0.0
     return bool(pictures[0].shape == pictures[1].shape and calculate_rms(*pictures) <= tolerance)
 
 

@@ -58,6 +58,7 @@ def stamp(name: str, namespace: Mapping[str, Any]) -> None:
     _provenance.update(
         notebook=name,
         content=notebook.content(ROOT, settings),
+        code=notebook.code_digest,
         profile=profile,
         parameters=_portable({key: value for key, value in settings.items() if key != "profile"}),
         models=_portable([settings[key] for key in MODEL_PARAMETERS if key in settings]),
