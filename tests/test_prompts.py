@@ -219,3 +219,24 @@ def test_more_natural_text_than_there_is_cannot_be_asked_for(monkeypatch: pytest
     monkeypatch.setattr(prompts, "read_unseen", lambda part: [Document("too short to be cut")])
     with pytest.raises(ValueError, match="too little text for 3 natural prompts of part 'val': ask for fewer"):
         take("natural", "document", "val", 3)
+
+
+def test_passages_of_a_folder_keep_documents_together(tmp_path: Path) -> None:
+    for k in range(40):
+        words = " ".join(f"word{k}x{i}" for i in range(60))
+        (tmp_path / f"{k}.txt").write_text(words, encoding="utf-8")
+    sets = standard_sets(100, 30, str(tmp_path))
+    train, test = (sets["document", part] for part in ("train", "test"))
+    assert len(train) == 100 and len(test) == 30
+    assert not {prompt.group for prompt in train} & {prompt.group for prompt in test}
+    for prompt in (*train, *test):  # a passage lies inside one document, its group
+        assert len({word.split("x")[0] for word in prompt.text.split()}) == 1
+    assert {prompt.part for prompt in test} == {"test"}
+
+
+def test_a_folder_without_texts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds 0 different texts"):
+        standard_sets(10, 10, str(tmp_path))
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"a\.txt is no UTF-8 text, see its byte 0"):
+        standard_sets(10, 10, str(tmp_path))

@@ -1,5 +1,7 @@
 """`make models` on a model of a few hundred weights: exact weights, the right tokenizer, nothing done twice."""
 
+import copy
+import hashlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +11,11 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from chassis_utils.files import ROOT
 from chassis_utils.lm.model import load
+from chassis_utils.text.corpus import read_texts
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed: `make install` brings it")
 WIDTH, PIECES = 32, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"0123456789", *"abĠ?", "ĠĠ", "12", "ab"]
@@ -128,6 +132,53 @@ def test_a_damaged_model_is_converted_anew_without_a_network(real: ModuleType, s
     weights.write_bytes(whole[:-1])
     real.make(source)
     assert weights.read_bytes() == whole and not list((tmp_path / "downloads").glob("*.whl"))
+
+
+def test_a_sibling_is_its_base_with_the_adapter_added(
+    real: ModuleType, source: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real.make(source)
+    base = load(str(tmp_path / "models" / "tiny"))
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = get_peft_model(copy.deepcopy(base.network), config)
+    adapted.save_pretrained(tmp_path / "adapters" / "own")
+    (tmp_path / "adapters" / "own" / "README.md").write_text("trained for this test")
+    monkeypatch.setattr(real, "MODELS", tmp_path / "adapters")
+    monkeypatch.setattr(real, "SOURCES", (source,))
+    monkeypatch.setattr(real, "SIBLINGS", {"tiny-own": ("tiny", "own")})
+    real.make_sibling("tiny-own")
+    sibling, ids = load(str(tmp_path / "models" / "tiny-own")), torch.tensor([[3, 4, 5, 9]])
+    with torch.inference_mode():
+        logits, expected = sibling.network(ids).logits, adapted.eval()(ids).logits
+    assert torch.allclose(logits, expected, atol=1e-5) and not torch.allclose(expected, base.network(ids).logits)
+    assert sibling.tokenizer.to_str() == base.tokenizer.to_str()
+
+
+def test_articles_become_documents_and_other_articles_are_refused(
+    real: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import news
+
+    wheels = tmp_path / "downloads"
+    monkeypatch.setattr(real, "DOWNLOADS", wheels)
+    monkeypatch.setattr(news, "FOLDER", tmp_path / "texts" / "news")
+    articles = "\n".join(f"Article {k} is about the weather." for k in range(20)).encode()
+
+    def provide() -> None:
+        wheels.mkdir(exist_ok=True)
+        with ZipFile(wheels / "gensim-4.4.0-cp311-none-any.whl", "w") as wheel:
+            wheel.writestr(news.MEMBER, articles)
+
+    provide()
+    with pytest.raises(SystemExit, match=r"lee_background.cor has SHA-256 [0-9a-f]{64}, not .*: the wheel is removed"):
+        news.make()
+    assert not list(wheels.iterdir()) and not news.FOLDER.exists()
+    monkeypatch.setattr(news, "SHA256", hashlib.sha256(articles).hexdigest())
+    provide()
+    news.make()
+    taken = [document.text for document in read_texts(news.FOLDER)]
+    assert sorted(taken) == sorted(articles.decode().splitlines())
 
 
 def test_another_file_than_the_pinned_one_is_refused(real: ModuleType, source: object, tmp_path: Path) -> None:
