@@ -24,6 +24,8 @@ HEADERS = {  # column -> what a reader sees; other columns only lose their under
     "bits_per_byte": "bits per byte",
     "bits_per_byte_se": "s.e. (bits)",
     "bits_per_byte_unseen_paragraphs": "bits per byte, unseen paragraphs",
+    "prose": "bits per byte, prose",
+    "prose_se": "s.e. (bits), prose",
 }
 MISSING = "–"
 FLOOR = 1e-9  # nats: divergences below it are rounding, and shown as below it
