@@ -7,7 +7,7 @@ Where the expert shares the base's architecture, its state t_l at a layer says w
 by reduced-rank ridge, penalty and rank by K-fold over groups. In order of depth each is fitted on the states that the
 edits before it leave in the real network (`lm.stream`), the one at the last state under the vocabulary metric. Rank 0
 is the mean difference, a steering vector. A gate follows every fit: the KL on a fold kept out of all fits decides
-whether the edit stays, in full, at half length or not at all. What stays is fitted once more to all folds. Cost: two
+whether the edit stays, in full, at half length or not at all. What stays is fitted once more, to all folds. Cost: two
 passes over the rows, and for each layer and length one of the kept-out rows through the blocks that are left.
 """
 
@@ -22,10 +22,10 @@ from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 
 from chassis_utils.adapters.adapter import Adapter
-from chassis_utils.adapters.fit import fit_moments
+from chassis_utils.adapters.fit import AdapterPath, fit_moments
 from chassis_utils.experts.prompted import Answered
 from chassis_utils.linalg.moments import Moments, by_fold
-from chassis_utils.linalg.regression import choose_penalty, choose_rank, vocabulary_metric
+from chassis_utils.linalg.regression import choose_rank, vocabulary_metric
 from chassis_utils.lm.model import ROWS, Head, LanguageModel
 from chassis_utils.lm.stream import Stream
 from chassis_utils.metrics import clearly_lower, kl_divergence
@@ -153,41 +153,46 @@ def fit_depth(taught: Lesson, judges: Lesson, layers: Sequence[int], rank: int) 
     if lacking or len(set(taught.folds)) < 2:
         what = f"no states of layer {lacking[0]}" if lacking else "a single fold to fit on"
         raise ValueError(f"the lessons hold {what}: read them with these layers, and two folds at least")
-    lengths: dict[int, float] = {}
-    best, whole = judges.kl(), (taught, judges)
+    kept: dict[int, tuple[float, int, float]] = {}
+    best, parts = judges.kl(), (taught, judges)
     judged = {0: float(best.mean())}
     for layer in sorted(layers):
         taught, judges = taught.at(layer), judges.at(layer)
-        fitted = _fit([taught], rank)
-        tried = {length: judges.edited(fitted.scaled(length)) for length in LENGTHS}
+        path = _fit([taught])
+        chosen = _rank(path, rank)
+        tried = {length: judges.edited(path.at(chosen).scaled(length)) for length in LENGTHS}
         kls = {length: lesson.kl() for length, lesson in tried.items()}
         length = min(kls, key=lambda length: float(kls[length].mean()))
         if clearly_lower(kls[length], best, judges.names):
-            lengths[layer], best = length, kls[length]
-            taught, judges = taught.edited(fitted.scaled(length)), tried[length]
+            kept[layer] = length, chosen, path.penalty / len(taught.owners)
+            taught, judges, best = taught.edited(path.at(chosen).scaled(length)), tried[length], kls[length]
         judged[layer] = float(best.mean())
-    return Depth(_fit_all(whole, lengths, rank), judged)
+    return Depth(_fit_all(parts, kept), judged)
 
 
-def _fit_all(parts: tuple[Lesson, ...], lengths: Mapping[int, float], rank: int) -> dict[int, Adapter]:
-    """The edits of these lengths, fitted to all parts together."""
+def _fit_all(parts: tuple[Lesson, ...], kept: Mapping[int, tuple[float, int, float]]) -> dict[int, Adapter]:
+    """The edits of these lengths, ranks and penalties per sample, fitted to all parts together."""
     edits: dict[int, Adapter] = {}
-    for layer, length in lengths.items():
+    samples = sum(len(part.owners) for part in parts)
+    for layer, (length, rank, penalty) in kept.items():
         parts = tuple(part.at(layer) for part in parts)
-        edits[layer] = _fit(parts, rank).scaled(length)
+        edits[layer] = _fit(parts, penalty * samples).at(rank).scaled(length)
         parts = tuple(part.edited(edits[layer]) for part in parts)
     return edits
 
 
-def _fit(parts: Sequence[Lesson], rank: int) -> Adapter:
-    """The edit where the parts' rows are, its penalty and its rank (at most `rank`) by K-fold."""
+def _fit(parts: Sequence[Lesson], penalty: float | None = None) -> AdapterPath:
+    """The edits of every rank where the parts' rows are; the penalty by K-fold unless given."""
     model, layer = parts[0].stream.model, parts[0].stream.layer
     folds = [fold for part in parts for fold in part.moments()]
     metric = None
     if layer == model.depth:
         target = torch.cat([part.targets[layer] for part in parts])
         metric = vocabulary_metric(model.head.weight, model.head.mean_probabilities(target))
-    penalty, _ = choose_penalty(folds, metric)
-    ranks = [0, *(2**k for k in range(rank.bit_length()) if 2**k < rank), rank]
-    chosen, _ = choose_rank(folds, penalty, metric, sorted(set(ranks)))
-    return fit_moments(folds, model.head, metric, penalty).at(chosen)
+    return fit_moments(folds, model.head, metric, penalty)
+
+
+def _rank(path: AdapterPath, most: int) -> int:
+    """The rank by K-fold: 0, a power of two or `most`."""
+    ranks = sorted({0, *(2**k for k in range(most.bit_length()) if 2**k < most), most})
+    return choose_rank(path.folds, path.penalty, path.metric, ranks)[0] if most else 0

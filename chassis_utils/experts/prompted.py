@@ -5,6 +5,7 @@ greedy answer behind it. From the last token of the prompt on, the two read the 
 is a sample: what the base computes there, and what it would compute had it been told. Cost: writing the answers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def written(
     if tokens < 1 or longest > reading_limit(model):
         raise ValueError(f"{longest} tokens with the {tokens} to write: {model.name} reads {reading_limit(model)}")
     ends, answers = set(model.end_tokens), {}
-    for batch in batches(rows, equal=not model.keeps_keys):
+    for batch in batches(rows, equal=not model.keeps_keys, stretch=math.inf):
         padded, mask = pad([rows[k] for k in batch], model.device, left=True)
         with around(padded.shape[1] - 1):
             grown = model.network.generate(
