@@ -153,10 +153,13 @@ def device_alongside(table: pd.DataFrame, rank: int) -> None:
     mixes = table[table["variant"].eq("mix_expert")].set_index(["split", "weight"])
     weight = mixes.loc["val", "bits_per_byte"].idxmin()
     there = mixes.loc[("test", weight)]
-    own = table[table["variant"].eq("own_tokens")].iloc[0]
     assert 0 < weight < 1
     assert there["bits_saved"] > 2 * there["bits_saved_se"]  # better than the base
-    assert there["bits_per_byte"] < own["bits_per_byte"]  # and than the expert by itself
+    assert there["bits_per_byte"] < mixes.loc[("test", 1.0), "bits_per_byte"]  # and than the expert in its place
+
+
+def prompted_expert(table: pd.DataFrame, rank: int) -> None:
+    assert (table["kl"] <= table["base_kl"] + table["kl_se"]).all()  # the gate leaves nobody worse off
 
 
 def port(table: pd.DataFrame, rank: int) -> None:
@@ -167,7 +170,7 @@ CLAIMS: dict[str, Callable[[pd.DataFrame, int], None]] = {
     claim.__name__: claim
     for claim in (
         *(exact_adapter, hidden_alignment, lens_kl, rank_sweep, multilayer_rank_sweep, stacking),
-        *(logit_bias, same_tokenizer_expert, port, device_alongside),
+        *(logit_bias, same_tokenizer_expert, port, device_alongside, prompted_expert),
         *(text_bridge, bridge_quality, bridge_adapter, semantic_bridge),
         *(fft_output_errors, fft_patching, fft_calibration, fft_results),
         *(hidden_to_hidden, gradient_refinement, comparison, stress_test),

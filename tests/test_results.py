@@ -56,6 +56,11 @@ def test_every_claim_holds_on_the_shipped_models_and_what_differs_on_real_ones_h
     assert (verdicts["reason"].notna() == (verdicts["holds_on_micro"] != verdicts["holds_on_real"])).all()
 
 
+def test_edits_at_several_layers_follow_a_prompted_expert_further_than_one_at_the_last_state() -> None:
+    closed = table("prompted_expert").pivot_table(index="expert", columns="variant", values="gap_closed")
+    assert (closed["all_layers_and_last"] > closed["last_state"]).all()
+
+
 def test_middle_layers_as_reported_are_ten_times_worse_than_corrected_in_every_cell() -> None:
     keys = ["split", "edit_kl", "layer", "rank"]
     wide = table("multilayer_rank_sweep").pivot_table(index=keys, columns="variant", values="kl")
