@@ -249,7 +249,10 @@ def _own(prompts_file: str, part: str, n: int) -> list[Prompt]:
     """Up to `n` lines of a file, or `n` passages from a folder; which are held out their content decides."""
     folder = locate(prompts_file)
     if os.path.isdir(folder):
-        return _passages([text for text in read_texts(folder) if _held_out(text.key) == (part == "test")], part, n, 0)
+        kept = [text for text in read_texts(folder) if _held_out(text.key) == (part == "test")]
+        if not kept:
+            raise ValueError(f"folder {prompts_file!r} has no text for part {part!r}, one in ten is held out: add some")
+        return _passages(kept, part, n, 0)
     lines = read_prompts(prompts_file)
     chosen = [prompt for prompt in lines if _held_out(prompt.group) == (part == "test")]
     if len({prompt.group for prompt in chosen}) < 2:
