@@ -62,6 +62,15 @@ MOVED = {
 }
 
 
+HALF = pd.DataFrame({"dtype": ["float32", "float16"], "kl": [2e-6, 2e-6]})
+
+
+def test_roundings_to_16_bits_pass_in_their_own_rows() -> None:
+    assert differences(HALF.assign(kl=[2e-6, 2.1e-6]), HALF) == []
+    assert len(differences(HALF.assign(kl=[2.1e-6, 2e-6]), HALF)) == 1
+    assert len(differences(HALF.assign(kl=[2e-6, 2.3e-6]), HALF)) == 1
+
+
 def changed(column: str, row: int, value: object) -> pd.DataFrame:
     values = EVALUATION[column].tolist()
     values[row] = value

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Build
-from transformers import LlamaConfig
+from transformers import Gemma3TextConfig, LlamaConfig, MambaConfig, PretrainedConfig
 
-from chassis_utils.adapters.adapter import Adapter
+from chassis_utils.adapters.adapter import Adapter, HeldOut
 from chassis_utils.adapters.depth import Depth, Lesson, fit_depth
-from chassis_utils.experts.prompted import Answered, PromptedExpert, written
+from chassis_utils.adapters.port import Port
+from chassis_utils.experts.prompted import Answered, PromptedExpert
 from chassis_utils.files import MODELS
-from chassis_utils.lm.forward import continuations, pad
+from chassis_utils.lm.attention import check_attention
+from chassis_utils.lm.forward import continuations, pad, written
 from chassis_utils.lm.model import LanguageModel, load
 from chassis_utils.lm.stream import Stream
 
@@ -35,12 +37,11 @@ def answered(model: LanguageModel) -> Answered:
 
 def lessons(model: LanguageModel, answered: Answered) -> tuple[Lesson, Lesson]:
     """What is fitted to, in four folds, and the questions that judge."""
-    numbers = range(len(answered.lengths))
-    taught = [k for k in numbers if k % 5]
-    parts = (answered.part(taught), answered.part([k for k in numbers if not k % 5]))
+    numbers = range(len(answered.answers))
+    taught, judges = [k for k in numbers if k % 5], [k for k in numbers if not k % 5]
     return (
-        Lesson.of(model, parts[0], [LAYER], [k % 5 for k in taught]),
-        Lesson.of(model, parts[1], [LAYER], [0] * len(parts[1].lengths)),
+        Lesson.of(model, answered.part(taught), [LAYER], [k % 5 for k in taught]),
+        Lesson.of(model, answered.part(judges), [LAYER], [0] * len(judges)),
     )
 
 
@@ -50,26 +51,25 @@ def low_rank(model: LanguageModel, size: float = 0.3) -> Adapter:
     return replace(Adapter.untouched(model.head), down=down / model.width**0.5, up=size * up, shift=up[:, 0] / 100)
 
 
-def test_base_and_expert_read_the_same_tokens_from_the_end_of_the_prompt_on(
+def test_behind_the_skipped_tokens_a_row_of_the_base_is_the_end_of_the_experts(
     model: LanguageModel, answered: Answered
 ) -> None:
     told = PromptedExpert(model, "Words about arrays.").prompts(QUESTIONS)
-    for bare, behind, row, length in zip(
-        model.encode(QUESTIONS), told, answered.base_rows, answered.lengths, strict=True
-    ):
-        assert row[:-length] == bare[:-1]
-        assert len(behind) > len(bare)
-    tails = zip(answered.base_rows, answered.expert_rows, answered.lengths, strict=True)
-    assert all(row[-length:] == other[-length:] for row, other, length in tails)
-    assert len(answered.owners()) == sum(answered.lengths)
+    assert answered.skip == 2  # what begins a text, and the first word, which is another token behind a prompt
+    for k, (bare, behind) in enumerate(zip(model.encode(QUESTIONS), told, strict=True)):
+        assert answered.base_rows[k] == bare + answered.answers[k]
+        assert answered.expert_rows[k] == behind + answered.answers[k]
+        assert answered.expert_rows[k][-answered.lengths[k] :] == answered.base_rows[k][answered.skip :]
+    owners, answering = answered.samples()
+    assert owners.bincount().tolist() == answered.lengths
+    assert owners[answering].bincount().tolist() == [len(answer) + 1 for answer in answered.answers]
 
 
 def test_the_answers_are_the_greedy_ones_of_the_base_that_read_the_prompt(
     model: LanguageModel, answered: Answered
 ) -> None:
     texts = continuations(model, [f"Words about arrays.\n\n{question}" for question in QUESTIONS[:6]], TOKENS)
-    answers = [row[len(row) + 1 - n :] for row, n in zip(answered.base_rows, answered.lengths, strict=True)]
-    assert [model.tokenizer.decode(answer) for answer in answers[:6]] == texts
+    assert [model.tokenizer.decode(answer) for answer in answered.answers[:6]] == texts
 
 
 def test_a_chat_template_carries_the_system_prompt(build: Build) -> None:
@@ -94,6 +94,17 @@ def test_a_stream_gives_what_each_row_alone_gives(model: LanguageModel, answered
         torch.testing.assert_close(parts[k], alone, atol=1e-4, rtol=1e-4)
 
 
+def test_a_stream_reads_what_the_block_reads_on_from_behind_its_attention(model: LanguageModel) -> None:
+    rows, seen = model.encode(QUESTIONS[:1]), []
+    norm = model.blocks[LAYER].get_submodule("post_attention_layernorm")
+    handle = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    with torch.inference_mode():
+        model.network(torch.tensor(rows))
+    handle.remove()
+    here = Stream.of(model, rows, [len(rows[0])]).on_to(LAYER).samples()
+    torch.testing.assert_close(here, seen[0], atol=1e-5, rtol=1e-5)
+
+
 def test_an_expert_that_is_an_edit_of_one_layer_is_followed_to_rounding(
     model: LanguageModel, answered: Answered
 ) -> None:
@@ -101,13 +112,11 @@ def test_an_expert_that_is_an_edit_of_one_layer_is_followed_to_rounding(
     for lesson in lessons(model, answered):
         base = lesson.at(LAYER)
         h = base.stream.samples()
-        targets = {LAYER: h + low_rank(model).edit(h).float(), model.depth: base.edited(low_rank(model)).last()}
-        parts.append(replace(lesson, targets=targets))
-    base_kl = float(parts[1].kl().mean())
-    found = fit_depth(*parts, [LAYER], rank=4)
-    assert found.edits[LAYER].rank == 1
-    assert base_kl > 0.01
-    assert float(parts[1].kl(found.edits).mean()) < 1e-6 * base_kl
+        last = base.edited(low_rank(model)).stream.finished()
+        parts.append(replace(lesson, targets={LAYER: h + low_rank(model).edit(h).float(), model.depth: last}))
+    found = fit_depth(*parts, [LAYER], rank=1)
+    assert found.held_out.base_kl > 0.01
+    assert found.held_out.kl < 1e-6 * found.held_out.base_kl
 
 
 def test_the_gate_keeps_nothing_of_noise(model: LanguageModel, answered: Answered) -> None:
@@ -117,56 +126,88 @@ def test_the_gate_keeps_nothing_of_noise(model: LanguageModel, answered: Answere
         states = {layer: lesson.at(layer).stream.samples() for layer in lesson.targets}
         noisy = {layer: h + torch.randn(h.shape, generator=generator) * h.std() for layer, h in states.items()}
         parts.append(replace(lesson, targets=noisy))
-    assert fit_depth(*parts, [LAYER, model.depth], rank=8).edits == {}
+    found = fit_depth(*parts, [LAYER, model.depth], rank=8)
+    assert found.edits == {}
+    assert found.held_out.kl == found.held_out.base_kl
 
 
-def test_nothing_is_worse_than_the_base_on_the_questions_that_judge(model: LanguageModel, answered: Answered) -> None:
-    found = fit_depth(*lessons(model, answered), [LAYER, model.depth], rank=8)
-    steps = list(found.judged.values())
-    assert list(found.judged) == [0, LAYER, model.depth]
-    assert steps == sorted(steps, reverse=True)
-    assert steps[-1] < steps[0]
+def test_what_is_kept_is_better_on_the_questions_that_judge(model: LanguageModel, answered: Answered) -> None:
+    taught, judges = lessons(model, answered)
+    found = fit_depth(taught, judges, [LAYER, model.depth], rank=8)
+    assert list(found.edits) == [LAYER, model.depth]
+    assert found.held_out.kl < found.held_out.base_kl
+    assert found.held_out.kl == pytest.approx(float(judges.kl(found.edits).mean()))
     assert found.parameters == sum(model.width * (2 * edit.rank + 1) for edit in found.edits.values())
 
 
-def test_in_the_live_network_the_edits_hold_from_the_end_of_the_prompts_on(
-    model: LanguageModel, answered: Answered
+@pytest.fixture
+def depth(model: LanguageModel, answered: Answered) -> Depth:
+    """An edit in the middle and one at the end."""
+    return Depth({LAYER: low_rank(model), model.depth: low_rank(model, 0.1)}, answered.skip, HeldOut(0.1, 0.1, 0.2, 10))
+
+
+def test_in_a_port_the_edits_hold_at_every_token_but_the_first_ones(
+    model: LanguageModel, answered: Answered, depth: Depth
 ) -> None:
-    depth = Depth({LAYER: low_rank(model), model.depth: low_rank(model, 0.1)}, {})
     (lesson, _), probe = lessons(model, answered), torch.tensor([answered.base_rows[0]])
-    rows, lengths = answered.part([1, 2, 3]).base_rows, answered.part([1, 2, 3]).lengths
-    wanted = model.head(lesson.last(depth.edits)[: sum(lengths)])
+    part = answered.part([1, 2, 3])
+    counts = [len(answer) + 1 for answer in part.answers]
+    wanted = model.head(lesson.last(depth.edits)[: sum(counts)]).split(counts)
+    port = Port(model)
+    port.plug("deep", depth)
+    padded, mask = pad(part.base_rows, model.device, left=True)
     with torch.inference_mode():
         before = model.network(probe).logits
-        for row, length, logits in zip(rows, lengths, wanted.split(lengths), strict=True):
-            with depth.in_place(model, len(row) - length):
-                given = model.network(torch.tensor([row]), use_cache=False).logits[0, -length:]
-            torch.testing.assert_close(given, logits, atol=1e-3, rtol=1e-3)
+        with port.use("deep"):
+            together = model.network(padded, attention_mask=mask, use_cache=False).logits
+            for row, count, logits, beside in zip(part.base_rows, counts, wanted, together, strict=True):
+                alone = model.network(torch.tensor([row]), use_cache=False).logits[0, -count:]
+                torch.testing.assert_close(alone, logits, atol=1e-3, rtol=1e-3)
+                if len(row) == padded.shape[1]:
+                    torch.testing.assert_close(beside[-count:], logits, atol=1e-3, rtol=1e-3)
         assert torch.equal(before, model.network(probe).logits)
+    assert port.memory["deep"] == 4 * depth.parameters
 
 
-def test_generate_under_edits_is_greedy_step_by_step(model: LanguageModel) -> None:
-    depth = Depth({LAYER: low_rank(model), model.depth: low_rank(model, 0.1)}, {})
-    rows = model.encode(QUESTIONS[:3])
-    answers = written(model, rows, TOKENS, lambda start: depth.in_place(model, start))
-    assert answers != written(model, rows, TOKENS)
+def test_generate_under_edits_is_greedy_step_by_step_for_each_row_of_a_mixed_batch(
+    model: LanguageModel, depth: Depth
+) -> None:
+    rows, port = model.encode(QUESTIONS[:4]), Port(model)
+    port.plug("deep", depth)
+    untouched = written(model, rows, TOKENS)
+    with port.use("deep"):
+        alone = written(model, rows, TOKENS)
+        for row, answer in zip(rows, alone, strict=True):
+            grown = list(row)
+            for token in answer:
+                with torch.inference_mode():
+                    assert token == int(model.network(torch.tensor([grown]), use_cache=False).logits[0, -1].argmax())
+                grown.append(token)
+    assert alone != untouched
     padded, mask = pad(rows, model.device, left=True)
-    start = padded.shape[1] - 1
-    with torch.inference_mode(), depth.in_place(model, start):
-        for _ in range(TOKENS):
-            token = model.network(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0)).logits
-            padded = torch.cat([padded, token[:, -1:].argmax(-1)], 1)
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-    for answer, row in zip(answers, padded[:, start + 1 :].tolist(), strict=True):
-        assert answer == row[: len(answer)]
+    with port.use(["deep", None, "deep", None]):
+        grown = model.network.generate(
+            padded, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0
+        )
+    for k, row in enumerate(grown[:, padded.shape[1] :].tolist()):
+        wanted = (untouched if k % 2 else alone)[k]
+        assert row[: len(wanted)] == wanted
+
+
+def test_of_nested_uses_the_innermost_holds_alone(model: LanguageModel, depth: Depth) -> None:
+    rows, port = model.encode(QUESTIONS[:2]), Port(model)
+    port.plug("deep", depth)
+    with port.use("deep"):
+        outside = written(model, rows, TOKENS)
+        with port.use(None):
+            assert written(model, rows, TOKENS) != outside
+        assert written(model, rows, TOKENS) == outside
 
 
 def test_what_does_not_fit_is_refused(model: LanguageModel, answered: Answered) -> None:
     with pytest.raises(ValueError, match="system prompt is empty"):
         PromptedExpert(model, " ")
-    with pytest.raises(ValueError, match="to write"):
-        written(model, model.encode(["a"]), 0)
-    with pytest.raises(ValueError, match="layers 1 to 7"):
+    with pytest.raises(ValueError, match="layers 0 to 7"):
         Lesson.of(model, answered, [8], [0] * len(QUESTIONS))
     with pytest.raises(ValueError, match="no states of layer 4"):
         fit_depth(*lessons(model, answered), [4], 2)
@@ -176,3 +217,23 @@ def test_what_does_not_fit_is_refused(model: LanguageModel, answered: Answered) 
         Stream.of(model, [[1, 2]], [3])
     with pytest.raises(ValueError, match="name a later one"):
         Stream.of(model, [[1, 2]], [1]).on_to(0)
+
+
+GEMMA = Gemma3TextConfig(
+    vocab_size=4096,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
+MAMBA = MambaConfig(vocab_size=4096, hidden_size=16, num_hidden_layers=2, state_size=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"), [(GEMMA, "do not read on from"), (MAMBA, "has no attention")], ids=["gemma", "mamba"]
+)
+def test_blocks_without_that_place_are_refused(build: Build, config: PretrainedConfig, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_attention(load(str(build(config))))

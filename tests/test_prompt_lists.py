@@ -6,6 +6,7 @@ import pytest
 
 from chassis_utils.files import ROOT
 from chassis_utils.text.prompts import Prompt, read_prompts
+from chassis_utils.text.questions import deal
 
 FOLDER = ROOT / "notebooks" / "prompts"
 LISTS = {  # prompts, and the least and the most of them in German
@@ -46,3 +47,27 @@ def test_no_prompt_occurs_twice() -> None:
 def test_long_prompts_have_two_sentences(name: str) -> None:
     for prompt in read_prompts(FOLDER / f"{name}.txt"):
         assert len(re.findall(r"[.!?“\"] \w|[.!?,]\" ", prompt.text)) >= 1, prompt.text
+
+
+def test_groups_of_questions_share_neither_a_topic_nor_a_form() -> None:
+    files = ROOT / "notebooks" / "questions" / "topics.txt", ROOT / "notebooks" / "questions" / "forms.txt"
+    asked = deal(*files, range(8), 400, "train")
+    assert len({prompt.text for prompt in asked}) == len(asked) == 400
+    forms, topics = dict[str, set[str]](), dict[str, set[str]]()
+    for prompt in asked:
+        assert prompt.cluster is not None
+        forms.setdefault(prompt.text.replace(prompt.cluster, "{}"), set()).add(prompt.group)
+        topics.setdefault(prompt.cluster, set()).add(prompt.group)
+    assert len(forms) == 40
+    assert len(topics) == 80
+    assert {len(groups) for groups in (*forms.values(), *topics.values())} == {1}
+    assert {
+        group: sum(prompt.group == group for prompt in deal(*files, range(6, 8), 15, "test")) for group in "67"
+    } == {"6": 8, "7": 8}
+
+
+@pytest.mark.parametrize(("groups", "n"), [(range(9), 10), (range(2), 0)])
+def test_more_groups_than_the_files_hold_and_no_questions_are_refused(groups: range, n: int) -> None:
+    folder = ROOT / "notebooks" / "questions"
+    with pytest.raises(ValueError, match="give 10 topics and 5 forms for each group"):
+        deal(folder / "topics.txt", folder / "forms.txt", groups, n, "train")

@@ -5,6 +5,9 @@ h + (h A) B^T + b, or adds (h A) B^T + b and the intercept to W h. Two hooks on 
 embeddings do it, one before and one after; scale, cap, cache, sampling and beams follow as ever.
 The hooks are there only inside `with port.use(...)`: before and after, the network is untouched.
 
+Edits at several layers (`adapters.depth`) are plugged in as one adapter is: that of the last state acts like any other,
+those in the middle behind the attention of their blocks, at every token but those that all prompts begin with.
+
 A device (`experts.alongside`) is plugged in as an adapter is, and acts in `generate` alone, where the text is known:
 there it is one more logits processor, behind the adapters.
 
@@ -17,66 +20,38 @@ off by about eps |h| |A| |B|: below the rounding of W h itself unless the edit o
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from chassis_utils.adapters.adapter import Adapter, Space
+from chassis_utils.adapters.depth import Depth
+from chassis_utils.adapters.mixture import Devices, Edit, Mixture, share_of
 from chassis_utils.experts.alongside import Alongside
+from chassis_utils.lm.attention import behind_attention, counting
 from chassis_utils.lm.forward import continuations
 from chassis_utils.lm.model import HEAD_TOLERANCE, PROBE, LanguageModel, require_model
 
 
 @dataclass(frozen=True)
-class _Edit:
-    """(x A) B^T + b as the network computes it."""
+class _Plugged:
+    """What one name stands for."""
 
-    down: Shaped[Tensor, "d rank"]
-    up: Shaped[Tensor, "rank out"]
-    shift: Shaped[Tensor, "out"]
+    edits: dict[Space, Edit]
+    middle: dict[int, Edit]  # by block
+    skip: int = 0  # tokens that the edits in the middle leave alone
+    device: Alongside | None = None
 
     @property
     def bytes(self) -> int:
-        return self.down.nbytes + self.up.nbytes + self.shift.nbytes
-
-
-@dataclass(frozen=True)
-class _Mixture:
-    """One edit, or none, for each of n rows."""
-
-    down: Shaped[Tensor, "d ranks"]
-    up: Shaped[Tensor, "ranks out"]
-    foreign: Bool[Tensor, "n 1 1 ranks"]  # columns that belong to the edits of other rows
-    shifts: Shaped[Tensor, "n 1 1 out"]
-
-    @classmethod
-    def of(cls, edits: Sequence[_Edit | None]) -> "_Mixture | None":
-        """The mixture of the edits of each row; nothing where no row has one."""
-        distinct = list({id(edit): edit for edit in edits if edit is not None}.values())
-        if not distinct:
-            return None
-        owners = [edit for edit in distinct for _ in range(edit.down.shape[1])]
-        first = distinct[0].shift
-        foreign = torch.tensor([[owner is not edit for owner in owners] for edit in edits], device=first.device)
-        shifts = torch.stack([torch.zeros_like(first) if edit is None else edit.shift for edit in edits])
-        return cls(
-            torch.cat([edit.down for edit in distinct], dim=1),
-            torch.cat([edit.up for edit in distinct]),
-            foreign.bool()[:, None, None],  # without any column it would be a float
-            shifts[:, None, None],
-        )
-
-    def __call__(self, h: Shaped[Tensor, "rows t d"]) -> Shaped[Tensor, "rows t out"]:
-        """What is added; row i of n stands for its whole share of the batch, as beams expand it."""
-        shares = h.unflatten(0, (len(self.shifts), _share(len(h), len(self.shifts))))
-        code = (shares @ self.down).masked_fill(self.foreign, 0.0)
-        return (code @ self.up + self.shifts).flatten(0, 1)
+        own = sum(edit.bytes for edit in (*self.edits.values(), *self.middle.values()))
+        return own + (self.device.expert.network.get_memory_footprint() if self.device else 0)
 
 
 @dataclass(frozen=True)
@@ -84,32 +59,11 @@ class _Selection:
     """What one `with` block asks for."""
 
     names: frozenset[str]
-    state: _Mixture | None
-    vocabulary: _Mixture | None
-    devices: "_Devices"
-
-
-@dataclass(frozen=True)
-class _Devices(LogitsProcessor):
-    """One device, or none, for each of n rows; as beams expand them, row i of n stands for its whole share."""
-
-    rows: Sequence[Alongside | None]
-
-    def __call__(self, input_ids: Int[Tensor, "n t"], scores: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
-        share, mixed = _share(len(scores), len(self.rows)), scores.clone()
-        for device in dict.fromkeys(device for device in self.rows if device is not None):
-            here = [row for row in range(len(scores)) if self.rows[row // share] is device]
-            mixed[here] = device(input_ids[here], scores[here])
-        return mixed
-
-
-def _share(batch: int, chosen: int) -> int:
-    """Rows of a batch that belong to each of the chosen ones."""
-    if batch % chosen:
-        raise ValueError(
-            f"{chosen} rows have been chosen for a batch of {batch}: give one name for all, or one for each prompt"
-        )
-    return batch // chosen
+    state: Mixture | None
+    vocabulary: Mixture | None
+    middle: dict[int, Mixture | None]
+    skips: Int[Tensor, "n"]
+    devices: Devices
 
 
 class Port:
@@ -128,8 +82,7 @@ class Port:
     def __init__(self, model: LanguageModel) -> None:
         require_model(model)
         self.model = model
-        self._plugged: dict[str, dict[Space, _Edit]] = {}  # a device edits nothing
-        self._devices: dict[str, Alongside] = {}
+        self._plugged: dict[str, _Plugged] = {}
         self._selections: list[_Selection] = []  # of the `with` blocks that are open, the innermost last
         self._check_input()
 
@@ -141,10 +94,9 @@ class Port:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes that each adapter holds on the network's device, and the weights of each device's expert on its own."""
-        edits = {name: sum(edit.bytes for edit in edits.values()) for name, edits in self._plugged.items()}
-        return edits | {name: device.expert.network.get_memory_footprint() for name, device in self._devices.items()}
+        return {name: plugged.bytes for name, plugged in self._plugged.items()}
 
-    def plug(self, name: str, adapter: Adapter | Alongside) -> None:
+    def plug(self, name: str, adapter: Adapter | Depth | Alongside) -> None:
         """Make `adapter` ready for use under `name`, its numbers in the network's dtype and on its device.
 
         Raises `ValueError` for a name that is taken, an adapter fitted to another head and a device of another base.
@@ -154,24 +106,17 @@ class Port:
         if isinstance(adapter, Alongside):
             if adapter.base.fingerprint != self.model.fingerprint:
                 raise ValueError(f"the device runs beside {adapter.base.name!r}: make one for {self.model.name!r}")
-            self._plugged[name], self._devices[name] = {}, adapter
-            return
-        if not isinstance(adapter, Adapter):
+            self._plugged[name] = _Plugged({}, {}, device=adapter)
+        elif isinstance(adapter, Depth):
+            for edit in adapter.edits.values():
+                edit.check(self.model.head)
+            last, depth = adapter.edits.get(self.model.depth), self.model.depth
+            middle = {k: self._prepared(edit) for k, edit in adapter.edits.items() if k < depth}
+            self._plugged[name] = _Plugged({"state": self._prepared(last)} if last else {}, middle, adapter.skip)
+        elif isinstance(adapter, Adapter):
+            self._plugged[name] = _Plugged(self._edits(adapter), {})
+        else:
             raise TypeError(f"{adapter!r:.60} is no adapter: give what `fit` or `Adapter.from_pretrained` returns")
-        adapter.check(self.model.head)
-        weight = self._output.get_parameter("weight")
-
-        def prepared(down: Tensor, up: Tensor, shift: Tensor) -> _Edit:
-            return _Edit(down.to(weight), up.T.to(weight).contiguous(), shift.to(weight))
-
-        edits = {adapter.space: prepared(adapter.down, adapter.up, adapter.shift)}
-        if adapter.intercept is not None:
-            if adapter.space == "state":
-                nothing = adapter.down[:, :0], adapter.intercept.new_empty(len(adapter.intercept), 0)
-                edits["vocabulary"] = prepared(*nothing, adapter.intercept)
-            else:  # both are added at the same place
-                edits["vocabulary"] = prepared(adapter.down, adapter.up, adapter.shift + adapter.intercept)
-        self._plugged[name] = edits
 
     def unplug(self, name: str) -> None:
         """Forget an adapter; `ValueError` for an unknown name and inside a `with` block that uses it."""
@@ -179,7 +124,6 @@ class Port:
         if any(name in selection.names for selection in self._selections):
             raise ValueError(f"adapter {name!r} is in use: leave the `with` block first")
         del self._plugged[name]
-        self._devices.pop(name, None)
 
     @contextmanager
     def use(self, names: str | Sequence[str | None] | None) -> Iterator[None]:
@@ -200,7 +144,8 @@ class Port:
             self.model.network.generate = partial(self._generate, self.model.network.generate)
         self._selections.append(selection)
         try:
-            yield
+            with self._in_the_middle(selection):
+                yield
         finally:
             self._selections.pop()
             for handle in handles:
@@ -227,6 +172,22 @@ class Port:
             settings["logits_processor"] = LogitsProcessorList([*given, devices])
         return generate(*inputs, **settings)
 
+    def _prepared(self, adapter: Adapter) -> Edit:
+        """Its factors as the network computes with them."""
+        weight = self._output.get_parameter("weight")
+        return Edit(adapter.down.to(weight), adapter.up.T.to(weight).contiguous(), adapter.shift.to(weight))
+
+    def _edits(self, adapter: Adapter) -> dict[Space, Edit]:
+        """What it does before the head and behind it."""
+        adapter.check(self.model.head)
+        if adapter.intercept is None:
+            return {adapter.space: self._prepared(adapter)}
+        if adapter.space == "vocabulary":  # both are added at the same place
+            return {"vocabulary": self._prepared(replace(adapter, shift=adapter.shift + adapter.intercept))}
+        nothing = adapter.down[:, :0], adapter.intercept.new_empty(len(adapter.intercept), 0)
+        alone = replace(adapter, down=nothing[0], up=nothing[1], shift=adapter.intercept)
+        return {"state": self._prepared(adapter), "vocabulary": self._prepared(alone)}
+
     @property
     def _output(self) -> nn.Module:
         return self.model.network.get_output_embeddings()
@@ -237,10 +198,30 @@ class Port:
         used = [name for name in rows if name is not None]
         for name in used:
             self._check_name(name)
-        plugged = [{} if name is None else self._plugged[name] for name in rows]
-        state, vocabulary = (_Mixture.of([edits.get(space) for edits in plugged]) for space in ("state", "vocabulary"))
-        devices = _Devices([None if name is None else self._devices.get(name) for name in rows])
-        return _Selection(frozenset(used), state, vocabulary, devices)
+        nothing = _Plugged({}, {})
+        plugged = [nothing if name is None else self._plugged[name] for name in rows]
+        state, vocabulary = (Mixture.of([one.edits.get(space) for one in plugged]) for space in ("state", "vocabulary"))
+        layers = {layer for one in plugged for layer in one.middle}
+        middle = {layer: Mixture.of([one.middle.get(layer) for one in plugged]) for layer in sorted(layers)}
+        skips = torch.tensor([one.skip for one in plugged], device=self.model.device)
+        devices = Devices([one.device for one in plugged])
+        return _Selection(frozenset(used), state, vocabulary, middle, skips, devices)
+
+    @contextmanager
+    def _in_the_middle(self, selection: _Selection) -> Iterator[None]:
+        """The edits behind the attention of blocks, while no inner `with` block asks for something else."""
+        with ExitStack() as hooks:
+            places = hooks.enter_context(counting(self.model)) if selection.middle else []
+
+            def change(mixture: Mixture | None, x: Tensor) -> Tensor | None:
+                if mixture is None or self._selections[-1] is not selection:
+                    return None
+                skips = selection.skips.repeat_interleave(share_of(len(x), len(selection.skips)))
+                return mixture(x) * (places[0] >= skips[:, None])[..., None]
+
+            for layer, mixture in selection.middle.items():
+                hooks.enter_context(behind_attention(self.model, layer, partial(change, mixture)))
+            yield
 
     def _before(self, output: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         edit = self._selections[-1].state

@@ -122,8 +122,11 @@ class PairedForward:
             calls.append((positional, named))
             raise Reached
 
-        block = self.model.blocks[self.layer]
-        run_until(self.model, padded, mask, block.register_forward_pre_hook(catch, with_kwargs=True))
+        handle = self.model.blocks[self.layer].register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            run_until(self.model, padded, mask)
+        finally:
+            handle.remove()
         ((states, *others), named), *_ = calls
         return _Batch(prompts, mask.bool(), states, states, tuple(others), named)
 

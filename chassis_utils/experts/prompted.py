@@ -1,47 +1,56 @@
 """The base behind a system prompt as an expert: the same weights, told what to do.
 
 The expert reads the system prompt before every question, the base the question alone, and both read the expert's own
-greedy answer behind it. From the last token of the prompt on, the two read the same tokens, so each of those positions
-is a sample: what the base computes there, and what it would compute had it been told. Cost: writing the answers.
+greedy answer behind it. From the question on the two read the same tokens, so each of those positions is a sample: what
+the base computes there, and what it would compute had it been told. Cost: writing the answers.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from chassis_utils.lm.checkpoint import find_folder
-from chassis_utils.lm.forward import batches, pad, reading_limit
+from chassis_utils.lm.forward import written
 from chassis_utils.lm.model import LanguageModel, require_model
 from chassis_utils.text.prompts import require_texts
-
-Around = Callable[[int], AbstractContextManager]  # the last column of the prompts -> what is in place while writing
 
 
 @dataclass(frozen=True)
 class Answered:
     """Questions with their answers, as the base and as the expert read them.
 
-    The last `lengths[k]` tokens of both rows k are the same: the last of the prompt, and the answer.
+    Behind its first `skip` tokens a row of the base is the end of the expert's: the question and the answer.
     """
 
     base_rows: list[list[int]]
     expert_rows: list[list[int]]
-    lengths: list[int]
+    answers: list[list[int]]
+    skip: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens, the last ones, both rows of each question have in common."""
+        return [len(row) - self.skip for row in self.base_rows]
 
     def part(self, numbers: Sequence[int]) -> "Answered":
         """Some of the questions."""
-        base_rows, expert_rows = ([side[k] for k in numbers] for side in (self.base_rows, self.expert_rows))
-        return Answered(base_rows, expert_rows, [self.lengths[k] for k in numbers])
+        base_rows, expert_rows, answers = (
+            [side[k] for k in numbers] for side in (self.base_rows, self.expert_rows, self.answers)
+        )
+        return Answered(base_rows, expert_rows, answers, self.skip)
 
-    def owners(self) -> list[int]:
-        """The question that each sample belongs to."""
-        return [k for k, length in enumerate(self.lengths) for _ in range(length)]
+    def samples(self) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"]]:
+        """The question of each of these tokens, row after row, and whether what follows it is the answer."""
+        lengths, written = torch.tensor(self.lengths), torch.tensor([len(answer) + 1 for answer in self.answers])
+        left = torch.cat([torch.arange(length, 0, -1) for length in lengths.tolist()])
+        owners = torch.arange(len(lengths)).repeat_interleave(lengths)
+        return owners, left <= written[owners]
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class PromptedExpert:
     >>> from chassis_utils.experts.prompted import PromptedExpert
     >>> expert = PromptedExpert(load("models/port-llama"), "Some sums.")
     >>> answered = expert.answered(["What is 2 + 3?", "What is 4 + 4?"], tokens=4)
-    >>> [row[-length:] == other[-length:] for row, other, length in
+    >>> [row[answered.skip:] == other[-length:] for row, other, length in
     ...  zip(answered.base_rows, answered.expert_rows, answered.lengths)]
     [True, True]
     """
@@ -101,27 +110,11 @@ class PromptedExpert:
         base_rows, expert_rows = (
             [row + answer for row, answer in zip(side, answers, strict=True)] for side in (bare, told)
         )
-        return Answered(base_rows, expert_rows, [1 + len(answer) for answer in answers])
+        skip = max(len(row) - _common_end(row, other) for row, other in zip(bare, told, strict=True))
+        return Answered(base_rows, expert_rows, answers, skip)
 
 
-@torch.inference_mode()
-def written(
-    model: LanguageModel, rows: Sequence[list[int]], tokens: int, around: Around = lambda _: nullcontext()
-) -> list[list[int]]:
-    """The greedy continuation of each row of token ids, up to an end-of-text token, within what `around` puts in place.
-
-    Raises `ValueError` for no tokens to write, and rows that with them exceed what the model reads.
-    """
-    longest = max(map(len, rows)) + tokens
-    if tokens < 1 or longest > reading_limit(model):
-        raise ValueError(f"{longest} tokens with the {tokens} to write: {model.name} reads {reading_limit(model)}")
-    ends, answers = set(model.end_tokens), {}
-    for batch in batches(rows, equal=not model.keeps_keys, stretch=math.inf):
-        padded, mask = pad([rows[k] for k in batch], model.device, left=True)
-        with around(padded.shape[1] - 1):
-            grown = model.network.generate(
-                padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=min(ends, default=0)
-            )
-        for k, row in zip(batch, grown[:, padded.shape[1] :].tolist(), strict=True):
-            answers[k] = list(takewhile(lambda token: token not in ends, row))
-    return [answers[k] for k in range(len(rows))]
+def _common_end(row: list[int], other: list[int]) -> int:
+    """How many last tokens two rows have in common."""
+    pairs = zip(reversed(row), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

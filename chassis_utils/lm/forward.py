@@ -138,35 +138,41 @@ def read_logits(model: LanguageModel, ids: Sequence[list[int]], every_token: boo
     return [read[k] for k in range(len(read))]
 
 
-@torch.inference_mode()
 def continuations(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[str]:
     """Greedy continuation of each prompt, without it and without what follows an end-of-text token.
 
-    Prompts are padded on the left, so that every row continues at its own end, and not at all for a model that keeps
-    more of them than keys and values (RWKV reads padding as it reads any token). Raises
-    `ValueError` for a prompt without tokens, or one that with `tokens` more exceeds what the model reads.
+    Raises `ValueError` as of `written`, and for a prompt without tokens.
+    """
+    return [model.tokenizer.decode(row) for row in written(model, encode(model, prompts), tokens)]
+
+
+@torch.inference_mode()
+def written(model: LanguageModel, rows: Sequence[list[int]], tokens: int) -> list[list[int]]:
+    """The same for rows of token ids.
+
+    They are padded on the left, so that every row continues at its own end, and not at all for a model that keeps
+    more of them than keys and values (RWKV reads padding as it reads any token).
+    Raises `ValueError` for no tokens to write, and a row that with `tokens` more exceeds what the model reads.
     """
     if not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"{tokens!r} tokens are no continuation: ask for one or more")
-    ids = encode(model, prompts)
-    _check_room(model, prompts, ids, tokens)
-    ends = set(model.end_tokens)
-    written = [""] * len(ids)
-    for batch in batches(ids, equal=not model.keeps_keys, stretch=math.inf):
-        padded, mask = pad([ids[k] for k in batch], model.device, left=True)
+    _check_room(model, rows, tokens)
+    ends, answers = set(model.end_tokens), {}
+    for batch in batches(rows, equal=not model.keeps_keys, stretch=math.inf):
+        padded, mask = pad([rows[k] for k in batch], model.device, left=True)
         grown = model.network.generate(
             padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=min(ends, default=0)
         )
         for k, row in zip(batch, grown[:, padded.shape[1] :].tolist(), strict=True):
-            written[k] = model.tokenizer.decode(list(takewhile(lambda token: token not in ends, row)))
-    return written
+            answers[k] = list(takewhile(lambda token: token not in ends, row))
+    return [answers[k] for k in range(len(rows))]
 
 
-def _check_room(model: LanguageModel, prompts: Sequence[str], ids: Sequence[list[int]], tokens: int) -> None:
+def _check_room(model: LanguageModel, rows: Sequence[list[int]], tokens: int) -> None:
     limit = reading_limit(model)
-    for prompt, row in zip(prompts, ids, strict=True):
+    for row in rows:
         if len(row) + tokens > limit:
             raise ValueError(
-                f"prompt {prompt[:40]!r} has {len(row)} tokens, with {tokens} more they exceed the {limit} that "
-                f"{model.name} reads: shorten it, or continue it by less"
+                f"prompt {model.tokenizer.decode(row)[:40]!r} has {len(row)} tokens, with {tokens} more they exceed "
+                f"the {limit} that {model.name} reads: shorten it, or continue it by less"
             )

@@ -6,13 +6,12 @@ is the network's own, so its results are those of a full pass to the bit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from chassis_utils.lm.forward import pad
 from chassis_utils.lm.model import LanguageModel
@@ -22,14 +21,27 @@ class Reached(Exception):
     """Raised by a hook that has seen what a pass was made for."""
 
 
-def run_until(model: LanguageModel, ids: Int[Tensor, "n t"], mask: Int[Tensor, "n t"], hook: RemovableHandle) -> None:
-    """A pass that ends where `hook` raises `Reached`, and takes it off."""
-    try:
+def run_until(model: LanguageModel, ids: Int[Tensor, "n t"], mask: Int[Tensor, "n t"]) -> None:
+    """A pass that ends where a hook raises `Reached`."""
+    with suppress(Reached):
         model.network(ids, attention_mask=mask, use_cache=False)
-    except Reached:
-        pass
+
+
+@torch.no_grad()
+def output_of(model: LanguageModel, ids: Int[Tensor, "n t"], mask: Int[Tensor, "n t"], layer: int) -> Any:
+    """What block `layer` returns; the pass ends there."""
+    outputs: list[Any] = []
+
+    def catch(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output)
+        raise Reached
+
+    handle = model.blocks[layer].register_forward_hook(catch)
+    try:
+        run_until(model, ids, mask)
     finally:
-        hook.remove()
+        handle.remove()
+    return outputs[0]
 
 
 def first_layer(model: LanguageModel, paths: Iterable[str]) -> int:
@@ -53,18 +65,9 @@ def giving(module: nn.Module, output: Any) -> Iterator[None]:
             module.forward = own
 
 
-@torch.no_grad()
 def output_below(model: LanguageModel, rows: Sequence[list[int]], layer: int) -> Any:
     """What block `layer` - 1 returns for these prompts, padded on the right: for `resuming`."""
-    padded, mask = pad(rows, model.device)
-    outputs: list[Any] = []
-
-    def catch(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        outputs.append(output)
-        raise Reached
-
-    run_until(model, padded, mask, model.blocks[layer - 1].register_forward_hook(catch))
-    return outputs[0]
+    return output_of(model, *pad(rows, model.device), layer - 1)
 
 
 @contextmanager

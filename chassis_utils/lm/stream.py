@@ -1,24 +1,24 @@
-"""Rows of tokens on their way through the network: read up to a layer, edited there, and read on.
+"""Rows of tokens on their way through the network: read up to a block, edited behind its attention, and read on.
 
 The samples of a row are its last tokens. An edit changes their states alone, so that what stands before them is read
-as ever. A stream keeps what the block below its layer returned, and every further pass begins there
-(`lm.resume`): a sweep that edits layer after layer in order of depth costs one pass through the network altogether.
+as ever. A stream keeps what the block below its own returned, and every further pass begins there (`lm.resume`): a
+sweep that edits block after block costs one pass through the network, and the attention of each block once more.
 Memory: the width for each token. The passes are the network's own, in its dtype.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
+from chassis_utils.lm.attention import behind_attention
 from chassis_utils.lm.forward import batches, pad
 from chassis_utils.lm.model import LanguageModel
-from chassis_utils.lm.resume import Reached, resuming, run_until
+from chassis_utils.lm.resume import Reached, output_of, resuming, run_until
 
 Edit = Callable[[Tensor], Tensor]  # states [n, d] -> what is added to them [n, d]
 
@@ -36,16 +36,16 @@ class _Batch:
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows of tokens before block `layer`, or, at `depth`, behind the final norm."""
+    """Rows of tokens behind the attention of block `layer`, or, at `depth`, behind the final norm."""
 
     model: LanguageModel
     layer: int
     batches: Sequence[_Batch]
-    edit: Edit | None = None  # of the samples' states at this layer
+    edit: Edit | None = None  # of the samples' states here
 
     @classmethod
     def of(cls, model: LanguageModel, rows: Sequence[list[int]], lengths: Sequence[int]) -> "Stream":
-        """Rows of token ids of which the last `lengths[k]` are samples, at the embeddings.
+        """Rows of token ids of which the last `lengths[k]` are samples, in the first block.
 
         Raises `ValueError` for a row without samples, or with more of them than tokens.
         """
@@ -67,13 +67,11 @@ class Stream:
         return replace(self, edit=edit)
 
     def samples(self) -> Shaped[Tensor, "n d"]:
-        """The samples' states here before the edit, row after row, on the CPU; `ValueError` at the embeddings."""
-        if not self.layer:
-            raise ValueError("nothing has been read at layer 0: go on to a layer of 1 or more")
+        """The samples' states here before the edit, row after row, on the CPU."""
         count = sum(len(batch.places) for batch in self.batches)
         states = torch.empty(count, self.model.width, dtype=self.model.network.dtype)
         for batch in self.batches:
-            states[batch.places] = _state(batch.below)[batch.sampled].cpu()
+            states[batch.places] = self._here(batch)[batch.sampled].cpu()
         return states
 
     def finished(self) -> Shaped[Tensor, "n d"]:
@@ -90,30 +88,31 @@ class Stream:
             raise ValueError(f"layer {layer} is not behind layer {self.layer} of {self.model.depth}: name a later one")
         return Stream(self.model, layer, [replace(batch, below=self._read(batch, layer)) for batch in self.batches])
 
-    def _read(self, batch: _Batch, layer: int) -> Any:
-        """What the block below `layer` returns for a batch under this stream's edit."""
-        model, edit, seen = self.model, self.edit, []
+    @torch.no_grad()
+    def _here(self, batch: _Batch) -> Shaped[Tensor, "n t d"]:
+        """The states of a batch here."""
+        if self.layer == self.model.depth:
+            return batch.below
+        seen: list[Tensor] = []
 
-        def change(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            states = inputs[0].clone()
-            if edit is not None:
-                states[batch.sampled] += edit(states[batch.sampled].cpu()).to(states)
-            return (states, *inputs[1:])
-
-        def catch(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-            seen.append(output)
+        def catch(x: Tensor) -> None:
+            seen.append(x)
             raise Reached
 
-        with ExitStack() as stack:
-            if self.layer:
-                stack.enter_context(resuming(model, self.layer, batch.below))
-            stack.callback(model.blocks[self.layer].register_forward_pre_hook(change).remove)
-            if layer == model.depth:
-                return model.body(batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
-            run_until(model, batch.ids, batch.mask, model.blocks[layer - 1].register_forward_hook(catch))
+        with resuming(self.model, self.layer, batch.below), behind_attention(self.model, self.layer, catch):
+            run_until(self.model, batch.ids, batch.mask)
         return seen[0]
 
+    def _read(self, batch: _Batch, layer: int) -> Any:
+        """What the block below `layer` returns for a batch under this stream's edit."""
+        model, edit = self.model, self.edit or torch.zeros_like
 
-def _state(output: Any) -> Tensor:
-    """The states in what a block returned: some give them alone, some before other things."""
-    return output if isinstance(output, Tensor) else output[0]
+        def change(x: Tensor) -> Tensor:
+            added = torch.zeros_like(x)
+            added[batch.sampled] = edit(x[batch.sampled].cpu()).to(x)
+            return added
+
+        with resuming(model, self.layer, batch.below), behind_attention(model, self.layer, change):
+            if layer == model.depth:
+                return model.body(batch.ids, attention_mask=batch.mask, use_cache=False).last_hidden_state
+            return output_of(model, batch.ids, batch.mask, layer - 1)
