@@ -27,6 +27,7 @@ PUBLIC = {  # name -> where it is defined
     "BridgedExpert": "experts.bridged",
     "Alongside": "experts.alongside",
     "fit": "adapters.fit",
+    "fit_prompt": "adapters.depth",
     "Adapter": "adapters.adapter",
     "Port": "adapters.port",
     "BlockCirculantLinear": "circulant.layer",

@@ -163,6 +163,11 @@ def prompted_expert(table: pd.DataFrame, rank: int) -> None:
     assert (table["kl"] <= table["base_kl"] + table["kl_se"]).all()  # the gate leaves nobody worse off
 
 
+def depth(table: pd.DataFrame, rank: int) -> None:
+    closed = table[table["variant"].eq("closed_form")]
+    assert (closed["kl"] <= closed["base_kl"] + closed["kl_se"]).all()
+
+
 def port(table: pd.DataFrame, rank: int) -> None:
     assert (table.loc[table["variant"].isin(["synthetic", "bias"]), "kl"] < EXACT).all()
 
@@ -171,7 +176,7 @@ CLAIMS: dict[str, Callable[[pd.DataFrame, int], None]] = {
     claim.__name__: claim
     for claim in (
         *(exact_adapter, hidden_alignment, lens_kl, rank_sweep, multilayer_rank_sweep, stacking),
-        *(logit_bias, same_tokenizer_expert, port, device_alongside, prompted_expert),
+        *(logit_bias, same_tokenizer_expert, port, device_alongside, prompted_expert, depth),
         *(text_bridge, bridge_quality, bridge_adapter, semantic_bridge),
         *(fft_output_errors, fft_patching, fft_calibration, fft_results),
         *(hidden_to_hidden, gradient_refinement, comparison, stress_test),

@@ -8,11 +8,12 @@ from conftest import Build
 from transformers import Gemma3TextConfig, LlamaConfig, MambaConfig, PretrainedConfig
 
 from chassis_utils.adapters.adapter import Adapter, HeldOut
-from chassis_utils.adapters.depth import Depth, Lesson, fit_depth
+from chassis_utils.adapters.depth import SHARE, Depth, Lesson, fit_depth, fit_prompt
 from chassis_utils.adapters.port import Port
 from chassis_utils.experts.prompted import Answered, PromptedExpert
 from chassis_utils.files import MODELS
 from chassis_utils.lm.attention import check_attention
+from chassis_utils.lm.chat import as_chat
 from chassis_utils.lm.forward import continuations, pad, written
 from chassis_utils.lm.model import LanguageModel, load
 from chassis_utils.lm.stream import Stream
@@ -237,3 +238,28 @@ MAMBA = MambaConfig(vocab_size=4096, hidden_size=16, num_hidden_layers=2, state_
 def test_blocks_without_that_place_are_refused(build: Build, config: PretrainedConfig, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         check_attention(load(str(build(config))))
+
+
+def test_a_system_prompt_becomes_edits_that_a_port_answers_with(model: LanguageModel) -> None:
+    told = fit_prompt(model, "Words about arrays.", QUESTIONS, tokens=TOKENS)
+    assert list(told.edits) == list(range(model.depth + 1))
+    assert 0.5 < told.parameters / (SHARE * model.parameters) <= 1
+    assert told.held_out.gap_closed > 0.2
+    port = Port(model)
+    port.plug("told", told)
+    with port.use("told"):
+        (wanted,) = written(model, as_chat(model, [QUESTIONS[0]]), TOKENS)
+    assert port.answer(QUESTIONS[0], use="told", tokens=TOKENS) == model.tokenizer.decode(wanted)
+    assert port.answer(QUESTIONS[0], tokens=TOKENS) == continuations(model, [QUESTIONS[0]], TOKENS)[0]
+
+
+@pytest.mark.parametrize(
+    ("questions", "rank", "reason"),
+    [(QUESTIONS[:11], None, "11 different questions"), (QUESTIONS, 257, "rank 257")],
+    ids=["few", "rank"],
+)
+def test_what_cannot_be_fitted_is_refused_before_long_work(
+    model: LanguageModel, questions: list[str], rank: int | None, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        fit_prompt(model, "Be brief.", questions, rank)

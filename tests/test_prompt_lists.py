@@ -6,7 +6,7 @@ import pytest
 
 from chassis_utils.files import ROOT
 from chassis_utils.text.prompts import Prompt, read_prompts
-from chassis_utils.text.questions import deal
+from chassis_utils.text.questions import cross
 
 FOLDER = ROOT / "notebooks" / "prompts"
 LISTS = {  # prompts, and the least and the most of them in German
@@ -51,7 +51,7 @@ def test_long_prompts_have_two_sentences(name: str) -> None:
 
 def test_groups_of_questions_share_neither_a_topic_nor_a_form() -> None:
     files = ROOT / "notebooks" / "questions" / "topics.txt", ROOT / "notebooks" / "questions" / "forms.txt"
-    asked = deal(*files, range(8), 400, "train")
+    asked = cross(*files, range(8), 400, "train")
     assert len({prompt.text for prompt in asked}) == len(asked) == 400
     forms, topics = dict[str, set[str]](), dict[str, set[str]]()
     for prompt in asked:
@@ -62,7 +62,7 @@ def test_groups_of_questions_share_neither_a_topic_nor_a_form() -> None:
     assert len(topics) == 80
     assert {len(groups) for groups in (*forms.values(), *topics.values())} == {1}
     assert {
-        group: sum(prompt.group == group for prompt in deal(*files, range(6, 8), 15, "test")) for group in "67"
+        group: sum(prompt.group == group for prompt in cross(*files, range(6, 8), 15, "test")) for group in "67"
     } == {"6": 8, "7": 8}
 
 
@@ -70,4 +70,4 @@ def test_groups_of_questions_share_neither_a_topic_nor_a_form() -> None:
 def test_more_groups_than_the_files_hold_and_no_questions_are_refused(groups: range, n: int) -> None:
     folder = ROOT / "notebooks" / "questions"
     with pytest.raises(ValueError, match="give 10 topics and 5 forms for each group"):
-        deal(folder / "topics.txt", folder / "forms.txt", groups, n, "train")
+        cross(folder / "topics.txt", folder / "forms.txt", groups, n, "train")

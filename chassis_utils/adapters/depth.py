@@ -23,13 +23,17 @@ from tqdm import tqdm
 
 from chassis_utils.adapters.adapter import Adapter, HeldOut
 from chassis_utils.adapters.fit import AdapterPath, fit_moments
-from chassis_utils.experts.prompted import Answered
+from chassis_utils.experts.prompted import Answered, PromptedExpert
 from chassis_utils.linalg.moments import by_fold
 from chassis_utils.linalg.regression import vocabulary_metric
 from chassis_utils.lm.attention import check_attention
 from chassis_utils.lm.model import ROWS, Head, LanguageModel
 from chassis_utils.lm.stream import Stream
 from chassis_utils.metrics import clearly_lower, kl_divergence
+from chassis_utils.text.prompts import deal, require_texts
+
+FOLDS = 6  # of the questions; one of them judges
+SHARE = 0.01  # of the base's parameters, that all edits may have together
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class Lesson:
         """The same with the base's rows read up to a layer."""
         return self if layer == self.stream.layer else replace(self, stream=self.stream.on_to(layer))
 
+    def under(self, model: LanguageModel) -> "Lesson":
+        """The same with the base's rows read, from the beginning, by a changed copy of it."""
+        return replace(self, stream=replace(self.stream, model=model, layer=0, edit=None))
+
     def edited(self, adapter: Adapter) -> "Lesson":
         """The same with an edit where the base's rows are."""
         return replace(self, stream=self.stream.edited(adapter.edit))
@@ -146,3 +154,38 @@ def fit_depth(taught: Lesson, judges: Lesson, layers: Sequence[int], rank: int) 
     base, kl = judges.kl(), judges.kl(edits)
     kept = clearly_lower(kl, base, judges.names)
     return Depth(edits if kept else {}, taught.skip, HeldOut.of(kl if kept else base, base, judges.names))
+
+
+def fit_prompt(
+    base: LanguageModel, system: str, questions: Sequence[str], rank: int | None = None, tokens: int = 48
+) -> Depth:
+    """One edit in every block and at the last state, that makes `base` answer as if it had read a system prompt.
+
+    It is fitted to the base's own answers, of at most `tokens` tokens, behind the prompt; every sixth question judges.
+    Unless given, `rank` is the largest for which the edits are at most a hundredth of the base's parameters.
+
+    Raises `TypeError` for what are no models or texts; `ValueError` for an empty prompt, fewer than twelve questions,
+    a rank beyond the width, questions that with their answers are too long, and blocks without a place for edits.
+
+    >>> from chassis_utils import fit_prompt, load
+    >>> asked = [f"Returns {what} of the {thing}." for what in ("a list", "the size") for thing in "abcdefghi"]
+    >>> told = fit_prompt(load("models/port-llama"), "Words about arrays.", asked, tokens=8)
+    >>> told.held_out.kl <= told.held_out.base_kl
+    True
+    """
+    expert, questions = PromptedExpert(base, system), list(dict.fromkeys(require_texts(questions)))
+    most = int((SHARE * base.parameters / (base.depth + 1) / base.width - 1) / 2)
+    rank = min(max(most, 0), base.width) if rank is None else rank
+    if len(questions) < 2 * FOLDS or not 0 <= rank <= base.width:
+        raise ValueError(
+            f"{len(questions)} different questions and rank {rank}: give {2 * FOLDS} at least, better hundreds, and a "
+            f"rank of 0 to {base.width}"
+        )
+    check_attention(base)
+    folds, answered = deal(questions, FOLDS), expert.answered(questions, tokens)
+    numbers = [[k for k, fold in enumerate(folds) if bool(fold) == taught] for taught in (True, False)]
+    taught, judges = (
+        Lesson.of(base, answered.part(part), places, [folds[k] for k in part])
+        for part, places in zip(numbers, (range(base.depth), []), strict=True)
+    )
+    return fit_depth(taught, judges, range(base.depth + 1), rank)

@@ -1,25 +1,25 @@
 """LoRA by peft on a copy of the base, trained to follow an expert's next-token logits: the peer of closed forms.
 
-Loss: mean over prompts of KL(expert || student) at the last token, AdamW, batches of prompts of similar length in a
-random order. Cost: a forward and a backward pass of the whole network for every prompt in every pass.
+Loss: mean over the tokens that count of KL(expert || student), AdamW, batches of rows of similar length in a random
+order. Cost: a forward and a backward pass of the whole network for every row in every pass.
 """
 
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from chassis_utils.lm.forward import encode, read_logits, token_logits
-from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.forward import encode, pad, read_logits
+from chassis_utils.lm.model import Head, LanguageModel
 from chassis_utils.metrics import kl_loss
 
 TARGETS = ("q_proj", "v_proj")  # what the LoRA paper adapts (Hu et al. 2022, section 4.2)
@@ -31,16 +31,16 @@ class LoRA:
 
     model: LanguageModel
     parameters: int
-    losses: list[float]  # training KL of each pass, nats
+    losses: list[float]  # training KL of each pass so far, nats
 
     def logits(self, prompts: Sequence[str]) -> Float[Tensor, "n vocab"]:
         """Next-token logits; `ValueError` for prompts that cannot be read."""
         return torch.cat(read_logits(self.model, encode(self.model, prompts), every_token=False))
 
 
-def equal_rank(model: LanguageModel, parameters: int) -> int:
+def equal_rank(model: LanguageModel, parameters: int, targets: Sequence[str] | None = None) -> int:
     """The least rank at which LoRA has at least so many parameters; `ValueError` as of `train_lora`."""
-    names = _targets(model)
+    names = list(targets or _targets(model))
     modules = dict(model.network.named_modules())
     sizes = [sum(module.weight.shape) for path, module in modules.items() if path.rpartition(".")[2] in names]
     return math.ceil(parameters / sum(sizes))
@@ -61,44 +61,68 @@ def _targets(model: LanguageModel) -> list[str]:
 
 def train_lora(
     base: LanguageModel,
-    prompts: Sequence[str],
-    expert: Float[Tensor, "n vocab"],
+    rows: Sequence[list[int]],
+    expert: Sequence[Shaped[Tensor, "k d"]] | Sequence[Shaped[Tensor, "k vocab"]],
     rank: int,
     *,
+    targets: Sequence[str] | None = None,
     passes: int = 2,
     batch: int = 32,
     rate: float = 2e-3,
     seed: int = 0,
-) -> LoRA:
-    """LoRA of `rank` fitted to the expert's logits on `prompts`; the base is left as it was.
+) -> Iterator[LoRA]:
+    """LoRA of `rank` fitted to an expert on rows of token ids, as it is after each pass; the base is left as it was.
 
-    The rate falls linearly to zero. Raises `ValueError` for prompts that cannot be read and a base whose attention
+    `expert` gives its logits at the last k tokens of each row, or its last states there where it shares the head.
+    `targets` names the layers to adapt, queries and values unless given. What is yielded is trained on when the next
+    is asked for. The rate falls linearly to zero over all `passes`. Raises `ValueError` for a base whose attention
     projections are not known.
     """
-    ids = encode(base, prompts)
-    torch.manual_seed(seed)  # peft draws the factors
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_targets(base))
-    model = replace(base, network=inject_adapter_in_model(config, copy.deepcopy(base.network)))
-    for name, parameter in model.network.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+    model = _injected(base, rank, list(targets or _targets(base)), seed)
     trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    steps = passes * math.ceil(len(ids) / batch)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    losses = []
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, passes * math.ceil(len(rows) / batch))
+    losses: list[float] = []
     for _ in tqdm(range(passes), desc="LoRA", disable=None, leave=False):
         total = 0.0
-        for rows in _batches(ids, batch, generator):
-            loss = kl_loss(expert[rows], token_logits(model, [ids[k] for k in rows.tolist()], every_token=False))
+        for numbers in _batches(rows, batch, generator):
+            chosen = [expert[k] for k in numbers]
+            loss = kl_loss(
+                _logits(base.head, chosen), _tails(model, [rows[k] for k in numbers], list(map(len, chosen)))
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(rows)
-        losses.append(total / len(ids))
-    model = replace(model, fingerprint=f"{base.fingerprint}+{_digest(model)}")  # other weights, other states
-    return LoRA(model, sum(p.numel() for p in trained), losses)
+            total += loss.item() * len(numbers)
+        losses.append(total / len(rows))
+        now = replace(model, fingerprint=f"{base.fingerprint}+{_digest(model)}")  # other weights, other states
+        yield LoRA(now, sum(p.numel() for p in trained), list(losses))
+
+
+def _injected(base: LanguageModel, rank: int, targets: list[str], seed: int) -> LanguageModel:
+    """A copy of the base in which the factors alone are trained."""
+    torch.manual_seed(seed)  # peft draws the factors
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    model = replace(base, network=inject_adapter_in_model(config, copy.deepcopy(base.network)))
+    for name, parameter in model.network.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model
+
+
+def _logits(head: Head, expert: Sequence[Shaped[Tensor, "k d"]]) -> Shaped[Tensor, "n vocab"]:
+    """The expert's logits, of its states where these are what is given."""
+    together = torch.cat(list(expert))
+    return head(together) if together.shape[1] != len(head.weight) else together
+
+
+def _tails(model: LanguageModel, rows: Sequence[list[int]], lengths: Sequence[int]) -> Float[Tensor, "n vocab"]:
+    """Next-token logits at the last `lengths[k]` tokens of each row, row after row."""
+    ids, mask = pad(rows, model.device)
+    states = model.body(ids, attention_mask=mask, use_cache=False).last_hidden_state
+    tails = [state[len(row) - length : len(row)] for state, row, length in zip(states, rows, lengths, strict=True)]
+    return model.head.finish(model.network.get_output_embeddings()(torch.cat(tails)))
 
 
 def _digest(model: LanguageModel) -> str:
@@ -107,9 +131,9 @@ def _digest(model: LanguageModel) -> str:
     return hashlib.sha256(save({name: value.detach().contiguous() for name, value in factors.items()})).hexdigest()[:16]
 
 
-def _batches(ids: list[list[int]], size: int, generator: torch.Generator) -> list[Int[Tensor, "rows"]]:
-    """All prompts in a random order of batches, each of prompts of similar length: little of it is padding."""
-    order = torch.randperm(len(ids), generator=generator)
-    lengths = torch.tensor([len(ids[k]) for k in order.tolist()])
+def _batches(rows: Sequence[list[int]], size: int, generator: torch.Generator) -> list[list[int]]:
+    """All rows in a random order of batches, each of rows of similar length: little of it is padding."""
+    order = torch.randperm(len(rows), generator=generator)
+    lengths = torch.tensor([len(rows[k]) for k in order.tolist()])
     batches = order[lengths.argsort(stable=True)].split(size)
-    return [batches[k] for k in torch.randperm(len(batches), generator=generator).tolist()]
+    return [batches[k].tolist() for k in torch.randperm(len(batches), generator=generator).tolist()]

@@ -35,7 +35,8 @@ from chassis_utils.adapters.depth import Depth
 from chassis_utils.adapters.mixture import Devices, Edit, Mixture, share_of
 from chassis_utils.experts.alongside import Alongside
 from chassis_utils.lm.attention import behind_attention, counting
-from chassis_utils.lm.forward import continuations
+from chassis_utils.lm.chat import as_chat
+from chassis_utils.lm.forward import continuations, written
 from chassis_utils.lm.model import HEAD_TOLERANCE, PROBE, LanguageModel, require_model
 
 
@@ -163,6 +164,14 @@ class Port:
         """
         with self.use(use):
             return continuations(self.model, [prompt], tokens)[0]
+
+    def answer(self, question: str, use: str | None = None, tokens: int = 64) -> str:
+        """The greedy answer to a question that is put through the checkpoint's chat template, where it has one.
+
+        Raises `ValueError` as `generate` does.
+        """
+        with self.use(use):
+            return self.model.tokenizer.decode(written(self.model, as_chat(self.model, [question]), tokens)[0])
 
     def _generate(self, generate: Callable[..., Any], *inputs: Any, **settings: Any) -> Any:
         """The network's `generate` with the devices in use among its logits processors."""

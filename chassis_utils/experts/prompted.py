@@ -7,15 +7,13 @@ the base computes there, and what it would compute had it been told. Cost: writi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from chassis_utils.lm.checkpoint import find_folder
+from chassis_utils.lm.chat import as_chat
 from chassis_utils.lm.forward import written
 from chassis_utils.lm.model import LanguageModel, require_model
 from chassis_utils.text.prompts import require_texts
@@ -77,26 +75,9 @@ class PromptedExpert:
         if not self.prompt.strip():
             raise ValueError("the system prompt is empty, so the expert is the base: say what it shall do")
 
-    @cached_property
-    def _chat(self) -> PreTrainedTokenizerFast | None:
-        """What fills in the checkpoint's chat template; its tokenizer is not used (see `lm.model`)."""
-        chat = PreTrainedTokenizerFast.from_pretrained(find_folder(self.base.name))
-        return chat if chat.chat_template else None
-
     def prompts(self, questions: Sequence[str], system: bool = True) -> list[list[int]]:
         """Token ids of each question as the expert reads it, or, without `system`, as the base does."""
-        questions = require_texts(questions)
-        if self._chat is None:
-            before = f"{self.prompt}\n\n" if system else ""
-            return self.base.encode([before + question for question in questions])
-        said = [{"role": "system", "content": self.prompt}] if system else []
-        texts = [
-            self._chat.apply_chat_template(
-                [*said, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-            )
-            for question in questions
-        ]
-        return [encoding.ids for encoding in self.base.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return as_chat(self.base, questions, self.prompt if system else None)
 
     def answered(self, questions: Sequence[str], tokens: int) -> Answered:
         """The questions with the expert's own greedy answers of at most so many tokens.

@@ -1,99 +1,51 @@
-"""The claims of the paper, as questions to its tables: a sentence, the number that decides it, and a condition.
-
-A table is that of one profile, and `rank` that of the synthetic expert there. Divergences are in nats; below `EXACT` an
-adapter is the expert up to rounding.
-"""
+"""The claims of the paper, as questions to its tables (`paper.claim`)."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
-EXACT = 1e-6
-Answer = tuple[Any, Any]  # the number, and whether the claim holds
+from chassis_utils.paper.claim import CLAIMS, EXACT, Answer, claim, exact, wide, worse_than_nothing
 
-
-@dataclass(frozen=True)
-class Claim:
-    """One sentence of the paper about one table."""
-
-    sentence: str
-    table: str
-    measure: str  # what the number is
-    question: Callable[[pd.DataFrame, int], Answer]
-
-    def answer(self, rows: pd.DataFrame, rank: int) -> tuple[float, bool]:
-        """The number that decides the claim on the table of one profile, and whether it holds there."""
-        value, holds = self.question(rows, rank)
-        return float(value), bool(holds)
-
-
-CLAIMS: list[Claim] = []
-
-
-def _claim(sentence: str, table: str, measure: str) -> Callable[[Callable[[pd.DataFrame, int], Answer]], None]:
-    """Put the decorated question on the list."""
-    return lambda question: CLAIMS.append(Claim(sentence, table, measure, question))
-
-
-def _wide(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """KL, one column for each variant; an expert as drawn, without a size of edit, counts as size zero."""
-    sized = table.assign(edit_kl=table["edit_kl"].fillna(0.0)) if "edit_kl" in table else table
-    return sized.pivot_table(index=keys, columns="variant", values="kl")
+ALL = CLAIMS  # filled below
 
 
 def _documents(rows: pd.DataFrame) -> pd.DataFrame:
     """Compressed layers on held-out documents, one column for each kind."""
-    return _wide(rows[rows["split"].eq("document")], ["where", "layers", "block_size"])
+    return wide(rows[rows["split"].eq("document")], ["where", "layers", "block_size"])
 
 
-def _exact(rows: pd.DataFrame) -> Answer:
-    """The largest KL of what is corrected, which should be rounding."""
-    kl = rows.loc[rows["variant"].eq("corrected"), "kl"].max()
-    return kl, kl < EXACT
-
-
-def _worse_than_nothing(rows: pd.DataFrame) -> Answer:
-    """The least KL of what is as reported over that of the untouched base, which should be above one."""
-    reported = rows[rows["variant"].eq("as_reported")]
-    share = (reported["kl"] / reported["base_kl"]).min()
-    return share, share > 1
-
-
-@_claim("an adapter with the expert's factors is the expert", "exact_adapter", "largest KL")
+@claim("an adapter with the expert's factors is the expert", "exact_adapter", "largest KL")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
-    return _exact(rows[rows["dtype"].eq("float32")])
+    return exact(rows[rows["dtype"].eq("float32")])
 
 
-@_claim(
+@claim(
     "regressing squeezed states is worse than no adapter",
     "hidden_alignment",
     "least KL over base KL, an eighth of the width",
 )
 def _(rows: pd.DataFrame, rank: int) -> Answer:
-    return _worse_than_nothing(rows[rows["dimension"].eq(rows["dimension"].max() // 8)])
+    return worse_than_nothing(rows[rows["dimension"].eq(rows["dimension"].max() // 8)])
 
 
-@_claim(
+@claim(
     "below the expert's rank the corrected regression beats method A",
     "rank_sweep",
     "median KL as reported over corrected",
 )
 def _(rows: pd.DataFrame, rank: int) -> Answer:
-    kl = _wide(rows, ["split", "edit_kl", "rank"])
+    kl = wide(rows, ["split", "edit_kl", "rank"])
     low = kl.index.get_level_values("rank") < rank
     ratio = (kl["as_reported"] / kl["corrected"])[low]
     return ratio.median(), ratio.min() >= 1
 
 
-@_claim("from the expert's rank on the regression is exact", "rank_sweep", "largest KL")
+@claim("from the expert's rank on the regression is exact", "rank_sweep", "largest KL")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
-    return _exact(rows[rows["rank"].ge(rank)])
+    return exact(rows[rows["rank"].ge(rank)])
 
 
-@_claim(
+@claim(
     "the lens from the embeddings has learned its templates",
     "lens_kl",
     "its KL on documents over that on its templates",
@@ -103,7 +55,7 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return kl["document"] / kl["index"], kl["document"] > 10 * kl["index"]
 
 
-@_claim(
+@claim(
     "a corrected lens from the embeddings reads documents better than a constant",
     "lens_kl",
     "its KL over the constant's",
@@ -113,12 +65,12 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return kl["corrected"] / kl["constant"], kl["corrected"] < kl["constant"]
 
 
-@_claim("a middle lens as reported is far worse than no adapter", "multilayer_rank_sweep", "least KL over base KL")
+@claim("a middle lens as reported is far worse than no adapter", "multilayer_rank_sweep", "least KL over base KL")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
-    return _worse_than_nothing(rows)
+    return worse_than_nothing(rows)
 
 
-@_claim(
+@claim(
     "the edit read from a middle layer helps on documents",
     "multilayer_rank_sweep",
     "best KL over base KL, in the edit that favours it least",
@@ -129,23 +81,23 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return share, share < 1
 
 
-@_claim(
+@claim(
     "for an edit of the last state one adapter is as good as a stack of its rank",
     "stacking",
     "largest excess of its KL over the stack's, nats",
 )
 def _(rows: pd.DataFrame, rank: int) -> Answer:
-    kl = _wide(rows, ["split", "edit_kl", "ranks"])
+    kl = wide(rows, ["split", "edit_kl", "ranks"])
     excess = (kl["single_of_total_rank"] - kl["corrected"]).max()
     return excess, excess < EXACT
 
 
-@_claim("the stack as reported is worse than no adapter", "stacking", "least KL over base KL")
+@claim("the stack as reported is worse than no adapter", "stacking", "least KL over base KL")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
-    return _worse_than_nothing(rows)
+    return worse_than_nothing(rows)
 
 
-@_claim(
+@claim(
     "as reported, a map between states gets worse with rank",
     "hidden_to_hidden",
     "least factor of the KL from the smallest rank to an eighth of the width",
@@ -157,12 +109,12 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return factor, factor > 1
 
 
-@_claim("regressing the edit is exact from the expert's rank on", "hidden_to_hidden", "largest KL")
+@claim("regressing the edit is exact from the expert's rank on", "hidden_to_hidden", "largest KL")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
-    return _exact(rows[rows["rank"].ge(rank)])
+    return exact(rows[rows["rank"].ge(rank)])
 
 
-@_claim(
+@claim(
     "Adam at the study's rate throws its start away in the first pass",
     "gradient_refinement",
     "least KL after the pass over the start's, as a power of ten",
@@ -173,13 +125,13 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return 10.0 ** round(math.log10(factor)), factor > 100  # such a step multiplies rounding errors
 
 
-@_claim("Gauss-Newton steps leave nobody worse off", "gradient_refinement", "largest KL over the start's")
+@claim("Gauss-Newton steps leave nobody worse off", "gradient_refinement", "largest KL over the start's")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
     steps = rows[rows["variant"].eq("corrected")]
     return (steps["kl"] / steps["start_kl"]).max(), (steps["kl"] <= steps["start_kl"] + steps["kl_se"]).all()
 
 
-@_claim(
+@claim(
     "fitted on one template an adapter carries less to real text than fitted on real text",
     "stress_test",
     "least KL of the former over the latter's, half rank",
@@ -191,18 +143,18 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return factor, factor > 1
 
 
-@_claim("an intercept alone follows a constant shift", "logit_bias", "largest KL")
+@claim("an intercept alone follows a constant shift", "logit_bias", "largest KL")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
-    return _exact(rows)
+    return exact(rows)
 
 
-@_claim("method A follows a constant shift nowhere", "logit_bias", "largest gap closed")
+@claim("method A follows a constant shift nowhere", "logit_bias", "largest gap closed")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
     share = rows.loc[rows["variant"].eq("as_reported"), "gap_closed"].max()
     return share, share < 0.5
 
 
-@_claim(
+@claim(
     "an adapter follows a trained sibling on questions",
     "same_tokenizer_expert",
     "gap closed, math and reasoning, the lesser",
@@ -212,20 +164,20 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return share[["math", "reasoning"]].min(), share[["math", "reasoning"]].min() > 0.5
 
 
-@_claim("on real text it follows the sibling by half at most", "same_tokenizer_expert", "gap closed")
+@claim("on real text it follows the sibling by half at most", "same_tokenizer_expert", "gap closed")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
     corrected = rows[rows["variant"].eq("corrected") & rows["family"].eq("natural")]
     return corrected["gap_closed"].max(), corrected["gap_closed"].max() < 0.5
 
 
-@_claim("the gate leaves nobody worse off", "same_tokenizer_expert", "least gap closed, in standard errors")
+@claim("the gate leaves nobody worse off", "same_tokenizer_expert", "least gap closed, in standard errors")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
     gated = rows[rows["variant"].eq("gated")]
     ahead = ((gated["base_kl"] - gated["kl"]) / gated["kl_se"]).min()
     return ahead, ahead > -1
 
 
-@_claim(
+@claim(
     "a text bridge that hits its target is worse than no adapter",
     "text_bridge",
     "KL of the rescored target over base KL",
@@ -235,7 +187,7 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return target["kl"] / target["base_kl"], target["kl"] > target["base_kl"]
 
 
-@_claim(
+@claim(
     "a bridge by bytes is closer than one by strings", "bridge_quality", "total variation of stage A over that of bytes"
 )
 def _(rows: pd.DataFrame, rank: int) -> Answer:
@@ -243,7 +195,7 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return distance["stage_a"] / distance["byte_exact"], distance["stage_a"] > distance["byte_exact"]
 
 
-@_claim(
+@claim(
     "an adapter of the base's own state follows a bridged expert by a fifth at most",
     "bridge_adapter",
     "largest gap closed",
@@ -253,14 +205,14 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return share, share < 0.2
 
 
-@_claim("a map that reads the expert's state is closer than any of the base's", "semantic_bridge", "its KL over theirs")
+@claim("a map that reads the expert's state is closer than any of the base's", "semantic_bridge", "its KL over theirs")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
     kl = rows.groupby("variant")["kl"].min()
     share = kl["distilled"] / kl[["adapter", "gated"]].min()
     return share, share < 1
 
 
-@_claim(
+@claim(
     "the base with the expert of another tokenizer beside it predicts text better than either",
     "device_alongside",
     "bits per byte saved over the better one, in standard errors",
@@ -274,7 +226,7 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return ahead, ahead > 0
 
 
-@_claim(
+@claim(
     "a layer averaged to circulant blocks is as good as deleted",
     "fft_patching",
     "median KL over that without the layers",
@@ -285,15 +237,13 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
     return share, 0.8 < share < 1.25
 
 
-@_claim(
-    "least squares at each frequency is closer than averaging", "fft_patching", "largest KL over the averaged one's"
-)
+@claim("least squares at each frequency is closer than averaging", "fft_patching", "largest KL over the averaged one's")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
     kl = _documents(rows).dropna(subset="corrected")
     return (kl["corrected"] / kl["as_reported"]).max(), (kl["corrected"] < kl["as_reported"]).all()
 
 
-@_claim("circulant blocks beat low rank of equal size more often than not", "fft_patching", "share of places and sizes")
+@claim("circulant blocks beat low rank of equal size more often than not", "fft_patching", "share of places and sizes")
 def _(rows: pd.DataFrame, rank: int) -> Answer:
     kl = _documents(rows).dropna(subset=["corrected", "low_rank_aware"])
     share = (kl["corrected"] < kl["low_rank_aware"]).mean()

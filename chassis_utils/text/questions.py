@@ -13,7 +13,7 @@ from chassis_utils.text.prompts import Prompt, read_prompts
 TOPICS, FORMS = 10, 5  # of a group
 
 
-def deal(topics_file: str | Path, forms_file: str | Path, groups: Sequence[int], n: int, part: str) -> list[Prompt]:
+def cross(topics_file: str | Path, forms_file: str | Path, groups: Sequence[int], n: int, part: str) -> list[Prompt]:
     """`n` questions, as many of each group, or all where there are fewer; a prompt's group is that number.
 
     Raises `ValueError` for no questions, and files that cannot be read or hold too little for these groups.
