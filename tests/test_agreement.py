@@ -65,6 +65,13 @@ MOVED = {
 HALF = pd.DataFrame({"dtype": ["float32", "float16"], "kl": [2e-6, 2e-6]})
 
 
+def test_a_share_closed_is_compared_as_the_divergence_left() -> None:
+    almost = pd.DataFrame({"base_kl": [0.005], "gap_closed": [1 - 1.6e-7]})  # 8e-10 nats are left: rounding
+    assert differences(almost.assign(gap_closed=[1 - 1.9e-7]), almost) == []
+    assert len(differences(almost.assign(gap_closed=[1 - 4e-7]), almost)) == 1
+    assert len(differences(almost.assign(base_kl=[5.0], gap_closed=[1 - 1.9e-7]), almost.assign(base_kl=[5.0]))) == 1
+
+
 def test_roundings_to_16_bits_pass_in_their_own_rows() -> None:
     assert differences(HALF.assign(kl=[2e-6, 2.1e-6]), HALF) == []
     assert len(differences(HALF.assign(kl=[2.1e-6, 2e-6]), HALF)) == 1

@@ -6,9 +6,9 @@ other text (`label 7` is not `label 8`), and so must version numbers. White spac
 move with the width of its numbers.
 
 In tables, further: shares of prompts may differ by two prompts, near ties; the share of a gap closed is compared as
-what is left of it; rows that a notebook marks `chaotic` (training that multiplies rounding errors) say an order of
-magnitude of their divergences and nothing else; rows computed in 16 bits, whose roundings jump with the last digit of a
-float32 sum, are compared more coarsely; what was measured with a clock is not compared.
+the divergence that is left; rows that a notebook marks `chaotic` (training that multiplies rounding errors) say an
+order of magnitude of their divergences and nothing else; rows computed in 16 bits, whose roundings jump with the last
+digit of a float32 sum, are compared more coarsely; what was measured with a clock is not compared.
 """
 
 import math
@@ -61,8 +61,9 @@ def _equal(column: str, new: pd.DataFrame, stored: pd.DataFrame) -> np.ndarray:
     ours, theirs = new[column], stored[column]
     if not (pd.api.types.is_float_dtype(theirs) and pd.api.types.is_numeric_dtype(ours)):
         return ((ours == theirs) | (ours.isna() & theirs.isna())).to_numpy()
-    if column == "gap_closed":
-        ours, theirs = 1 - ours, 1 - theirs
+    if column == "gap_closed":  # what is left of it is a divergence
+        unit = stored.get("base_kl", 1.0)
+        ours, theirs = (1 - ours) * unit, (1 - theirs) * unit
     if column in SHARES and "n_prompts" in stored:
         return (ours - theirs).abs().le(TIES / stored["n_prompts"]).to_numpy()
     rtol = np.full(len(stored), RTOL)
