@@ -25,7 +25,7 @@ from chassis_utils.circulant.replace import replacements
 from chassis_utils.files import ROOT
 from chassis_utils.linalg.moments import Moments
 from chassis_utils.lm import states
-from chassis_utils.lm.forward import continuations, read_logits
+from chassis_utils.lm.forward import continuations, encode, read_logits
 from chassis_utils.lm.last_token import Prefixes
 from chassis_utils.lm.model import LanguageModel, load
 from chassis_utils.lm.reader import Reader
@@ -236,7 +236,8 @@ def check_lora(model: LanguageModel) -> None:
     """A trained LoRA is the network with its factors merged by hand, and is closer to the expert than the base."""
     untouched = full_logits(model)
     expert = untouched + torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(0))
-    found = train_lora(model, TEXTS, expert, equal_rank(model, 500), passes=3, rate=1e-3)
+    rows = encode(model, TEXTS)
+    *_, found = train_lora(model, rows, expert.split(1), equal_rank(model, 500), passes=3, rate=1e-3)
     assert found.parameters >= 500
     merged = copy.deepcopy(model.network)
     for name, module in found.model.network.named_modules():
