@@ -1,6 +1,8 @@
 """Edits at several layers follow an expert's states through the real blocks, or leave the base alone."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from chassis_utils.adapters.adapter import Adapter, HeldOut
 from chassis_utils.adapters.depth import SHARE, Depth, Lesson, fit_depth, fit_prompt
 from chassis_utils.adapters.port import Port
 from chassis_utils.experts.prompted import Answered, PromptedExpert
-from chassis_utils.files import MODELS
+from chassis_utils.files import MODELS, ROOT
 from chassis_utils.lm.attention import check_attention
 from chassis_utils.lm.chat import as_chat
 from chassis_utils.lm.forward import continuations, pad, written
@@ -263,3 +265,14 @@ def test_what_cannot_be_fitted_is_refused_before_long_work(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         fit_prompt(model, "Be brief.", questions, rank)
+
+
+def test_the_readme_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from chassis_utils import load, fit_prompt.*?)```", readme, re.DOTALL)
+    (tmp_path / "questions.txt").write_text("\n".join(QUESTIONS), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("path/to/an/instruction-tuned/base", str(MODELS / "port-llama")), {})
+    assert capsys.readouterr().out.strip()

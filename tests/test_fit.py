@@ -44,7 +44,7 @@ def kl_on(base: LanguageModel, expert: Sibling | SyntheticModel, adapter: Adapte
 
 def test_the_readme_example_runs_and_carries_the_expert(base: LanguageModel, tmp_path: Path, monkeypatch) -> None:
     (example,) = re.findall(
-        r"```python\n(from chassis_utils import load, fit.*?)```", (ROOT / "README.md").read_text(), re.S
+        r"```python\n(from chassis_utils import load, fit,.*?)```", (ROOT / "README.md").read_text(), re.S
     )
     (tmp_path / "sums.txt").write_text("\n".join(SUMS))
     monkeypatch.chdir(tmp_path)
