@@ -110,11 +110,11 @@ class Lesson:
 
     def fit(self) -> AdapterPath:
         """The edits of every rank where the base's rows are; the penalty by K-fold."""
-        layer, depth = self.stream.layer, self.stream.model.depth
-        here = self.answering if layer == depth else torch.ones_like(self.answering)
+        layer, last = self.stream.layer, self.stream.layer == self.stream.model.depth
+        here = self.answering | (not last)
         h, target = self.stream.samples()[here], self.targets[layer][here]
         folds, metric = by_fold(h, target.double() - h.double(), self.folds[here].tolist()), None
-        if layer == depth:
+        if last:
             metric = vocabulary_metric(self.head.weight, self.head.mean_probabilities(target))
         return fit_moments(folds, self.head, metric)
 
@@ -174,8 +174,8 @@ def fit_prompt(
     True
     """
     expert, questions = PromptedExpert(base, system), list(dict.fromkeys(require_texts(questions)))
-    most = int((SHARE * base.parameters / (base.depth + 1) / base.width - 1) / 2)
-    rank = min(max(most, 0), base.width) if rank is None else rank
+    if rank is None:
+        rank = min(max(0, int((SHARE * base.parameters / (base.depth + 1) / base.width - 1) / 2)), base.width)
     if len(questions) < 2 * FOLDS or not 0 <= rank <= base.width:
         raise ValueError(
             f"{len(questions)} different questions and rank {rank}: give {2 * FOLDS} at least, better hundreds, and a "

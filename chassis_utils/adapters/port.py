@@ -193,8 +193,8 @@ class Port:
             return {adapter.space: self._prepared(adapter)}
         if adapter.space == "vocabulary":  # both are added at the same place
             return {"vocabulary": self._prepared(replace(adapter, shift=adapter.shift + adapter.intercept))}
-        nothing = adapter.down[:, :0], adapter.intercept.new_empty(len(adapter.intercept), 0)
-        alone = replace(adapter, down=nothing[0], up=nothing[1], shift=adapter.intercept)
+        no_up = adapter.intercept.new_empty(len(adapter.intercept), 0)
+        alone = replace(adapter, down=adapter.down[:, :0], up=no_up, shift=adapter.intercept)
         return {"state": self._prepared(adapter), "vocabulary": self._prepared(alone)}
 
     @property

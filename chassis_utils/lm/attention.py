@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from chassis_utils.lm.model import PROBE, LanguageModel
@@ -30,7 +30,7 @@ def behind_attention(model: LanguageModel, layer: int, change: Change) -> Iterat
         read[:] = [inputs[0]]
 
     def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        a = _first(output)
+        a = output[0] if isinstance(output, tuple) else output
         more = change(read[0] + a)
         return None if more is None else (a + more, *output[1:]) if isinstance(output, tuple) else a + more
 
@@ -46,8 +46,7 @@ def check_attention(model: LanguageModel) -> None:
     block, seen, inputs = model.blocks[0], list[Tensor](), list[Tensor]()
     with ExitStack() as hooks:
         for child in block.children():
-            note = child.register_forward_pre_hook(lambda _, given: inputs.extend(given[:1]))
-            hooks.callback(note.remove)
+            hooks.callback(child.register_forward_pre_hook(lambda _, given: inputs.extend(given[:1])).remove)
         hooks.enter_context(behind_attention(model, 0, seen.append))  # which returns nothing
         model.body(torch.tensor(model.encode([PROBE]), device=model.device), use_cache=False)
     if not any(torch.equal(given, seen[0]) for given in inputs):
@@ -83,7 +82,3 @@ def _attention(model: LanguageModel, layer: int) -> nn.Module:
     if not named:
         raise ValueError(f"block {layer} of {model.name!r} has no attention: use the last state alone")
     return named[0]
-
-
-def _first(output: Any) -> Shaped[Tensor, "n t d"]:
-    return output if isinstance(output, Tensor) else output[0]

@@ -178,6 +178,17 @@ def _(rows: pd.DataFrame, rank: int) -> Answer:
 
 
 @claim(
+    "edits in every block follow a prompted expert further than one of the last state",
+    "prompted_expert",
+    "least factor between their KL",
+)
+def _(rows: pd.DataFrame, rank: int) -> Answer:
+    kl = wide(rows, ["expert"])
+    factor = (kl["last_state"] / kl["every_block"]).min()
+    return factor, factor > 1
+
+
+@claim(
     "a text bridge that hits its target is worse than no adapter",
     "text_bridge",
     "KL of the rescored target over base KL",
