@@ -28,6 +28,8 @@ PUBLIC = {  # name -> where it is defined
     "Alongside": "experts.alongside",
     "fit": "adapters.fit",
     "fit_prompt": "adapters.depth",
+    "fit_sibling": "adapters.depth",
+    "extract": "adapters.extraction",
     "Adapter": "adapters.adapter",
     "Port": "adapters.port",
     "BlockCirculantLinear": "circulant.layer",

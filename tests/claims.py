@@ -168,6 +168,13 @@ def depth(table: pd.DataFrame, rank: int) -> None:
     assert (closed["kl"] <= closed["base_kl"] + closed["kl_se"]).all()
 
 
+def sibling_at_depth(table: pd.DataFrame, rank: int) -> None:
+    closed = table[table["variant"].isin(["last_state", "steering", "every_block"])]
+    for _, both in closed.groupby(["expert", "variant"]):  # the gate judges documents and sums together
+        saved = ((both["base_kl"] - both["kl"]) * both["n_prompts"]).sum()
+        assert saved >= -(both["kl_se"] * both["n_prompts"]).sum()
+
+
 def port(table: pd.DataFrame, rank: int) -> None:
     assert (table.loc[table["variant"].isin(["synthetic", "bias"]), "kl"] < EXACT).all()
 
@@ -176,7 +183,7 @@ CLAIMS: dict[str, Callable[[pd.DataFrame, int], None]] = {
     claim.__name__: claim
     for claim in (
         *(exact_adapter, hidden_alignment, lens_kl, rank_sweep, multilayer_rank_sweep, stacking),
-        *(logit_bias, same_tokenizer_expert, port, device_alongside, prompted_expert, depth),
+        *(logit_bias, same_tokenizer_expert, port, device_alongside, prompted_expert, depth, sibling_at_depth),
         *(text_bridge, bridge_quality, bridge_adapter, semantic_bridge),
         *(fft_output_errors, fft_patching, fft_calibration, fft_results),
         *(hidden_to_hidden, gradient_refinement, comparison, stress_test),

@@ -14,7 +14,8 @@ from conftest import VOCABULARY, Build
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from chassis_utils.adapters.adapter import Adapter
+from chassis_utils.adapters.adapter import Adapter, HeldOut
+from chassis_utils.adapters.depth import Depth
 from chassis_utils.adapters.lora import equal_rank, train_lora
 from chassis_utils.adapters.port import Port
 from chassis_utils.circulant.activations import PairedForward
@@ -25,11 +26,13 @@ from chassis_utils.circulant.replace import replacements
 from chassis_utils.files import ROOT
 from chassis_utils.linalg.moments import Moments
 from chassis_utils.lm import states
+from chassis_utils.lm.attention import check_attention
 from chassis_utils.lm.forward import continuations, encode, read_logits
 from chassis_utils.lm.last_token import Prefixes
 from chassis_utils.lm.model import LanguageModel, load
 from chassis_utils.lm.reader import Reader
 from chassis_utils.lm.states import collect
+from chassis_utils.lm.stream import Stream
 from chassis_utils.metrics import kl_divergence
 from chassis_utils.text.prompts import Prompt
 
@@ -81,9 +84,13 @@ CONFIGS: dict[str, dict[str, object]] = {
 }
 EXPERT_MLP, NO_MLP = "is a mixture of experts, each of which sees only some tokens", "has no MLP of linear layers"
 NO_TARGETS = "has no layers named q_proj and v_proj, and peft knows no others"
+NO_PLACE, NO_ATTENTION = "do not read on from what their attention adds to its input", "has no attention"
 REFUSED: dict[str, dict[str, str]] = {  # architecture -> function -> part of the sentence; all other cells are ok
+    **{key: {"depth": NO_PLACE} for key in ["phi", "gpt_neox", "cohere", "cohere2", "gptj", "falcon", "olmo2"]},
+    **{key: {"depth": NO_PLACE} for key in ["gemma2", "gemma3_text", "bloom", "rwkv"]},
+    **{key: {"depth": NO_ATTENTION} for key in ["bamba", "lfm2"]},
     "phi3": {"LoRA": NO_TARGETS},
-    "minicpm3": {"port": "changes its last state before the head reads it", "LoRA": NO_TARGETS},
+    "minicpm3": {"port": "changes its last state before the head reads it", "depth": NO_PLACE, "LoRA": NO_TARGETS},
     "openai-gpt": {"LoRA": NO_TARGETS},
     "llama4_text": {"circulant": EXPERT_MLP},
     "mixtral": {"circulant": EXPERT_MLP},
@@ -91,8 +98,8 @@ REFUSED: dict[str, dict[str, str]] = {  # architecture -> function -> part of th
     "jetmoe": {"LoRA": NO_TARGETS, "circulant": EXPERT_MLP},
     "qwen2_moe": {"circulant": EXPERT_MLP},
     "qwen3_next": {"circulant": EXPERT_MLP},
-    "jamba": {"circulant": EXPERT_MLP},
-    "mamba": {"LoRA": NO_TARGETS, "circulant": NO_MLP},
+    "jamba": {"depth": NO_ATTENTION, "circulant": EXPERT_MLP},
+    "mamba": {"depth": NO_ATTENTION, "LoRA": NO_TARGETS, "circulant": NO_MLP},
 }
 TEXTS = ["One day a cat sat on the mat and looked at the moon.", "Go", "What is 3 + 4? Show it.", "The sum is"]
 PROMPTS = [Prompt(text, text) for text in TEXTS]
@@ -232,6 +239,25 @@ def check_port(model: LanguageModel) -> None:
     assert torch.equal(full_logits(model), untouched)
 
 
+def check_depth(model: LanguageModel) -> None:
+    """Rows read on block by block are full passes, and under edits they are what a port's hooks give at every token."""
+    check_attention(model)
+    rows = encode(model, TEXTS)
+    stream = Stream.of(model, rows, [len(row) for row in rows])
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0) - 1
+    close(stream.on_to(MIDDLE).finished()[ends], full_states(model)[-1])
+    generator = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(model.width, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    adapter = Adapter("state", down / model.width, up, up[:, 0], model.head.fingerprint)
+    port = Port(model)
+    port.plug("deep", Depth({MIDDLE: adapter, model.depth: adapter}, skip=0, held_out=HeldOut(0.0, 0.0, 0.0, 1)))
+    edited = stream.on_to(MIDDLE).edited(adapter.edit).on_to(model.depth).edited(adapter.edit).finished()
+    with port.use("deep"):
+        found = full_logits(model)
+    close(found, model.head(edited[ends]), atol=1e-3 * float(found.abs().max()))
+    assert float((found - full_logits(model)).abs().max()) > 0.01
+
+
 def check_lora(model: LanguageModel) -> None:
     """A trained LoRA is the network with its factors merged by hand, and is closer to the expert than the base."""
     untouched = full_logits(model)
@@ -297,6 +323,7 @@ CHECKS: dict[str, Callable[[LanguageModel], None]] = {
     "middle layer": check_edits,
     "continuations": check_continuations,
     "port": check_port,
+    "depth": check_depth,
     "LoRA": check_lora,
     "circulant": check_circulant,
 }
@@ -328,7 +355,8 @@ Rows are `model_type` in transformers, tried with tiny random models; a cell is 
 full passes of each text give, and otherwise the reason in the `ValueError` that refuses it. Columns: `collect` and the
 head; `final_norm`; `Prefixes` (a model with a recurrent state keeps none and reads whole prompts each time: the same
 numbers, slower); `Reader`, likewise, with which a device alongside reads; edits of a middle layer; `continuations`;
-`Port`; `train_lora`; `replacements` of a block's MLP.
+`Port`; edits behind the attention of a block (`fit_prompt`, `fit_sibling`); `train_lora`; `replacements` of a block's
+MLP.
 Other architectures are taken by what their modules are, not by name. `tests/test_architectures.py` tests every cell
 and writes this page.
 

@@ -10,9 +10,10 @@ from conftest import Build
 from transformers import Gemma3TextConfig, LlamaConfig, MambaConfig, PretrainedConfig
 
 from chassis_utils.adapters.adapter import Adapter, HeldOut
-from chassis_utils.adapters.depth import SHARE, Depth, Lesson, fit_depth, fit_prompt
+from chassis_utils.adapters.depth import SHARE, Depth, Lesson, fit_depth, fit_prompt, fit_sibling
 from chassis_utils.adapters.port import Port
 from chassis_utils.experts.prompted import Answered, PromptedExpert
+from chassis_utils.experts.sibling import Sibling
 from chassis_utils.files import MODELS, ROOT
 from chassis_utils.lm.attention import check_attention
 from chassis_utils.lm.chat import as_chat
@@ -257,7 +258,7 @@ def test_a_system_prompt_becomes_edits_that_a_port_answers_with(model: LanguageM
 
 @pytest.mark.parametrize(
     ("questions", "rank", "reason"),
-    [(QUESTIONS[:11], None, "11 different questions"), (QUESTIONS, 257, "rank 257")],
+    [(QUESTIONS[:11], None, "11 different texts"), (QUESTIONS, 257, "rank 257")],
     ids=["few", "rank"],
 )
 def test_what_cannot_be_fitted_is_refused_before_long_work(
@@ -265,6 +266,58 @@ def test_what_cannot_be_fitted_is_refused_before_long_work(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         fit_prompt(model, "Be brief.", questions, rank)
+
+
+def test_a_sibling_with_another_head_is_followed_at_the_last_state(model: LanguageModel) -> None:
+    edit = low_rank(model)  # h -> W (h + edit(h)) is a head of its own
+    weight = model.head.weight.double()
+    turned = replace(model.head, weight=(weight + weight @ edit.up @ edit.down.T).float())
+    sibling = replace(model, head=turned, fingerprint="turned")
+    answered = Sibling(model, sibling).read([f"{a} and {b.lower()}" for a in QUESTIONS[::2] for b in QUESTIONS[::4]])
+    half = len(answered.answers) // 2
+    parts = [
+        Lesson.of(model, answered.part(range(first, first + half)), [], [k % 3 for k in range(half)], sibling)
+        for first in (0, half)
+    ]
+    found = fit_depth(*parts, [model.depth], rank=1)
+    assert found.held_out.base_kl > 0.01
+    assert found.held_out.kl < 1e-5 * found.held_out.base_kl
+
+
+def test_a_sibling_is_followed_further_in_every_block_than_at_the_last_state(model: LanguageModel) -> None:
+    sibling = load(str(MODELS / "sibling-math"))
+    sums = [f"How much is {k} + {3 * k % 89}? It is {k + 3 * k % 89}." for k in range(90)]
+    found = fit_sibling(model, sibling, sums, rank=8)
+    assert list(found.edits) == list(range(model.depth + 1))
+    answered = Sibling(model, sibling).read([f"How much is {k} + {k + 1}? It is {2 * k + 1}." for k in range(100, 130)])
+    lesson = Lesson.of(model, answered, [], [0] * 30, sibling)
+    taught = Sibling(model, sibling).read(sums)
+    single = Lesson.of(model, taught, [], [k % 5 for k in range(90)], sibling).at(model.depth).fit().at(8)
+    base, last, deep = (float(lesson.kl(edits).mean()) for edits in ({}, {model.depth: single}, found.edits))
+    assert deep < last < base
+
+
+def test_answers_count_and_else_every_token_but_the_first(model: LanguageModel) -> None:
+    sibling = Sibling(model, load(str(MODELS / "sibling-math")))
+    texts = ["How much is 3 + 4?", "Work out 9 + 8."]
+    plain, asked = sibling.read(texts), sibling.read(texts, tokens=3)
+    assert all(bool(answering.all()) for _, answering in [plain.samples()])
+    assert plain.lengths == [len(row) - 1 for row in model.encode(texts)]
+    owners, answering = asked.samples()
+    assert owners[answering].bincount().tolist() == [len(answer) + 1 for answer in asked.answers]
+    assert asked.answers == written(sibling.model, model.encode(texts), 3)
+    both = plain + asked
+    assert (both.base_rows, both.skip) == (plain.base_rows + asked.base_rows, 1)
+
+
+def test_a_checkpoint_of_other_sizes_is_no_sibling_at_depth(model: LanguageModel, build: Build) -> None:
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    with pytest.raises(ValueError, match="2 blocks of width 16"):
+        fit_sibling(model, load(str(build(config))), QUESTIONS)
+    with pytest.raises(ValueError, match="single token"):
+        Sibling(model, model).read([""])
 
 
 def test_the_readme_example_runs(

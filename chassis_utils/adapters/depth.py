@@ -1,8 +1,8 @@
 """Edits behind the attention of every block and at the last state, fitted one after another to an expert's own states.
 
-Where the expert is the base behind a system prompt, both read the same tokens with the same weights, and part only
-where the attention sees the prompt. So its state t_l behind the attention of block l says what the base's x_l should be
-there:
+The expert is the base behind a system prompt, or a sibling: the base trained further. Both read the same tokens, so the
+expert's state t_l behind the attention of block l says what the base's x_l should be there (behind a prompt that is
+where they part, since the attention alone sees it):
 
     x_l <- x_l + (x_l A_l) B_l^T + b_l,   fitted to t_l - x_l on x_l
 
@@ -22,8 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chassis_utils.adapters.adapter import Adapter, HeldOut
-from chassis_utils.adapters.fit import AdapterPath, fit_moments
+from chassis_utils.adapters.fit import AdapterPath, fit_moments, state_edits
 from chassis_utils.experts.prompted import Answered, PromptedExpert
+from chassis_utils.experts.sibling import Sibling
 from chassis_utils.linalg.moments import by_fold
 from chassis_utils.linalg.regression import vocabulary_metric
 from chassis_utils.lm.attention import check_attention
@@ -33,6 +34,7 @@ from chassis_utils.metrics import clearly_lower, kl_divergence
 from chassis_utils.text.prompts import deal, require_texts
 
 FOLDS = 6  # of the questions; one of them judges
+MANY = 8 * ROWS  # states whose logits are pulled back at once: each time costs a product with the head's weights
 SHARE = 0.01  # of the base's parameters, that all edits may have together
 
 
@@ -58,6 +60,7 @@ class Lesson:
     """What edits are fitted to, or measured on: the base's rows, and the expert's states at the same tokens."""
 
     stream: Stream  # of the base's rows
+    expert: Head
     targets: Mapping[int, Float[Tensor, "n d"]]  # the expert's states by layer, `depth` among them
     owners: Int[Tensor, "n"]  # the question of each sample
     answering: Bool[Tensor, "n"]  # whether the next token is one of the answer
@@ -65,11 +68,19 @@ class Lesson:
     skip: int
 
     @classmethod
-    def of(cls, model: LanguageModel, answered: Answered, layers: Sequence[int], folds: Sequence[int]) -> "Lesson":
+    def of(
+        cls,
+        model: LanguageModel,
+        answered: Answered,
+        layers: Sequence[int],
+        folds: Sequence[int],
+        sibling: LanguageModel | None = None,
+    ) -> "Lesson":
         """Read the expert's states behind the attention of `layers` and at the end; `folds` numbers each question's.
 
-        Raises `ValueError` for layers that are none of 0 to `depth` - 1, folds that are not one for each question, and
-        blocks that read on from something else than their attention's sum.
+        The expert is the model itself, which reads its own rows, unless a sibling is given. Raises `ValueError` for
+        layers that are none of 0 to `depth` - 1, folds that are not one for each question, a sibling of other sizes,
+        and blocks that read on from something else than their attention's sum.
         """
         wrong = [layer for layer in layers if not 0 <= layer < model.depth]
         if wrong or len(folds) != len(answered.lengths):
@@ -77,18 +88,25 @@ class Lesson:
                 f"layers {wrong or list(layers)} and {len(folds)} folds: {model.name} takes layers 0 to "
                 f"{model.depth - 1}, and each of {len(answered.lengths)} questions a fold"
             )
-        check_attention(model)
-        expert, targets = Stream.of(model, answered.expert_rows, answered.lengths), {}
+        told = sibling or model
+        if (told.depth, told.width) != (model.depth, model.width):
+            raise ValueError(
+                f"{told.name!r} has {told.depth} blocks of width {told.width}, {model.name!r} {model.depth} of "
+                f"{model.width}: edits at depth take a checkpoint of the base's own sizes, others `fit`"
+            )
+        for read in (model, *([sibling] if sibling else [])):
+            check_attention(read)
+        expert, targets = Stream.of(told, answered.expert_rows, answered.lengths), {}
         for layer in sorted({*layers, model.depth}):
             expert = expert.on_to(layer) if layer else expert
             targets[layer] = expert.samples()
         owners, answering = answered.samples()
         stream = Stream.of(model, answered.base_rows, answered.lengths)
-        return cls(stream, targets, owners, answering, torch.tensor(folds)[owners], answered.skip)
+        return cls(stream, told.head, targets, owners, answering, torch.tensor(folds)[owners], answered.skip)
 
     @property
     def head(self) -> Head:
-        """The head that base and expert share."""
+        """The base's."""
         return self.stream.model.head
 
     @property
@@ -113,10 +131,15 @@ class Lesson:
         layer, last = self.stream.layer, self.stream.layer == self.stream.model.depth
         here = self.answering | (not last)
         h, target = self.stream.samples()[here], self.targets[layer][here]
-        folds, metric = by_fold(h, target.double() - h.double(), self.folds[here].tolist()), None
+        edits, metric = target.double() - h.double(), None
         if last:
-            metric = vocabulary_metric(self.head.weight, self.head.mean_probabilities(target))
-        return fit_moments(folds, self.head, metric)
+            likely = self.expert.mean_probabilities(target)
+            metric = vocabulary_metric(self.head.weight, likely)
+            if self.expert.fingerprint != self.head.fingerprint:
+                pairs = zip(h.split(MANY), target.split(MANY), strict=True)
+                changes = (self.head.unfinish(self.expert(t)) - self.head.product(x) for x, t in pairs)
+                edits = torch.cat([state_edits(change, self.head, likely)[0] for change in changes])
+        return fit_moments(by_fold(h, edits, self.folds[here].tolist()), self.head, metric)
 
     def last(self, edits: Mapping[int, Adapter] | None = None) -> Shaped[Tensor, "m d"]:
         """The states that the head reads for the tokens of answers, under the edit here and further ones by layer."""
@@ -126,13 +149,13 @@ class Lesson:
         return lesson.stream.finished()[self.answering]
 
     def target(self) -> Shaped[Tensor, "m d"]:
-        """The expert's own."""
+        """The states that the expert's head reads for them."""
         return self.targets[self.stream.model.depth][self.answering]
 
     def kl(self, edits: Mapping[int, Adapter] | None = None) -> Float64[Tensor, "m"]:
         """KL(expert || base under these edits) at each token of the answers, nats."""
         pairs = zip(self.target().split(ROWS), self.last(edits).split(ROWS), strict=True)
-        return torch.cat([kl_divergence(self.head(target), self.head(h)) for target, h in pairs])
+        return torch.cat([kl_divergence(self.expert(target), self.head(h)) for target, h in pairs])
 
 
 def fit_depth(taught: Lesson, judges: Lesson, layers: Sequence[int], rank: int) -> Depth:
@@ -174,18 +197,46 @@ def fit_prompt(
     True
     """
     expert, questions = PromptedExpert(base, system), list(dict.fromkeys(require_texts(questions)))
+    rank = _rank(base, rank, questions)
+    return _fit(base, expert.answered(questions, tokens), deal(questions, FOLDS), rank)
+
+
+def fit_sibling(base: LanguageModel, sibling: LanguageModel, texts: Sequence[str], rank: int | None = None) -> Depth:
+    """The same for a sibling of `base`, a checkpoint that was trained further: on every token of `texts`.
+
+    Memory: the sibling's state for each token and block. Raises as `fit_prompt`, and `ValueError` for a checkpoint of
+    another tokenizer or other sizes.
+
+    >>> from chassis_utils import fit_sibling, load
+    >>> sums = [f"How much is {i} + {i + 3}? It is {2 * i + 3}." for i in range(48)]
+    >>> taught = fit_sibling(load("models/port-llama"), load("models/sibling-math"), sums)
+    >>> taught.held_out.gap_closed > 0.5
+    True
+    """
+    texts = list(dict.fromkeys(require_texts(texts)))
+    rank = _rank(base, rank, texts)
+    return _fit(base, Sibling(base, sibling).read(texts), deal(texts, FOLDS), rank, sibling)
+
+
+def _rank(base: LanguageModel, rank: int | None, texts: Sequence[str]) -> int:
+    """The rank asked for, or the largest within `SHARE`; `ValueError` for one beyond the width, and too few texts."""
     if rank is None:
         rank = min(max(0, int((SHARE * base.parameters / (base.depth + 1) / base.width - 1) / 2)), base.width)
-    if len(questions) < 2 * FOLDS or not 0 <= rank <= base.width:
+    if len(texts) < 2 * FOLDS or not 0 <= rank <= base.width:
         raise ValueError(
-            f"{len(questions)} different questions and rank {rank}: give {2 * FOLDS} at least, better hundreds, and a "
-            f"rank of 0 to {base.width}"
+            f"{len(texts)} different texts and rank {rank}: give {2 * FOLDS} at least, better hundreds, and a rank of "
+            f"0 to {base.width}"
         )
-    check_attention(base)
-    folds, answered = deal(questions, FOLDS), expert.answered(questions, tokens)
+    return rank
+
+
+def _fit(
+    base: LanguageModel, answered: Answered, folds: Sequence[int], rank: int, sibling: LanguageModel | None = None
+) -> Depth:
+    """Edits in every block, fitted to all folds but the first, which judges."""
     numbers = [[k for k, fold in enumerate(folds) if bool(fold) == taught] for taught in (True, False)]
     taught, judges = (
-        Lesson.of(base, answered.part(part), places, [folds[k] for k in part])
+        Lesson.of(base, answered.part(part), places, [folds[k] for k in part], sibling)
         for part, places in zip(numbers, (range(base.depth), []), strict=True)
     )
     return fit_depth(taught, judges, range(base.depth + 1), rank)

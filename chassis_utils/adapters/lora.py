@@ -9,12 +9,13 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Shaped
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,11 +28,26 @@ TARGETS = ("q_proj", "v_proj")  # what the LoRA paper adapts (Hu et al. 2022, se
 
 @dataclass(frozen=True)
 class LoRA:
-    """A trained copy of the base."""
+    """A copy of the base with low-rank changes of its weights."""
 
     model: LanguageModel
-    parameters: int
-    losses: list[float]  # training KL of each pass so far, nats
+    losses: Sequence[float] = ()  # training KL of each pass so far, nats; none for what is not trained
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The factors by name."""
+        return {name: value for name, value in self.model.network.named_parameters() if "lora_" in name}
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored."""
+        return sum(value.numel() for value in self.factors.values())
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that peft reads: `PeftModel.from_pretrained(network, folder)`."""
+        self.model.network.peft_config["default"].save_pretrained(str(folder))
+        named = {f"base_model.model.{k.replace('.default', '')}": v.detach() for k, v in self.factors.items()}
+        save_file({k: v.contiguous() for k, v in named.items()}, Path(folder) / "adapter_model.safetensors")
 
     def logits(self, prompts: Sequence[str]) -> Float[Tensor, "n vocab"]:
         """Next-token logits; `ValueError` for prompts that cannot be read."""
@@ -78,7 +94,7 @@ def train_lora(
     is asked for. The rate falls linearly to zero over all `passes`. Raises `ValueError` for a base whose attention
     projections are not known.
     """
-    model = _injected(base, rank, list(targets or _targets(base)), seed)
+    model = injected(base, rank, list(targets or _targets(base)), seed)
     trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -98,11 +114,11 @@ def train_lora(
             total += loss.item() * len(numbers)
         losses.append(total / len(rows))
         now = replace(model, fingerprint=f"{base.fingerprint}+{_digest(model)}")  # other weights, other states
-        yield LoRA(now, sum(p.numel() for p in trained), list(losses))
+        yield LoRA(now, list(losses))
 
 
-def _injected(base: LanguageModel, rank: int, targets: list[str], seed: int) -> LanguageModel:
-    """A copy of the base in which the factors alone are trained."""
+def injected(base: LanguageModel, rank: int, targets: list[str], seed: int) -> LanguageModel:
+    """A copy of the base with factors of `rank`, the up ones zero, in the layers named `targets`: they alone train."""
     torch.manual_seed(seed)  # peft draws the factors
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     model = replace(base, network=inject_adapter_in_model(config, copy.deepcopy(base.network)))
@@ -127,8 +143,8 @@ def _tails(model: LanguageModel, rows: Sequence[list[int]], lengths: Sequence[in
 
 def _digest(model: LanguageModel) -> str:
     """16 hex digits of the trained factors."""
-    factors = {name: value for name, value in model.network.named_parameters() if "lora_" in name}
-    return hashlib.sha256(save({name: value.detach().contiguous() for name, value in factors.items()})).hexdigest()[:16]
+    factors = {name: value.detach().contiguous() for name, value in LoRA(model).factors.items()}
+    return hashlib.sha256(save(factors)).hexdigest()[:16]
 
 
 def _batches(rows: Sequence[list[int]], size: int, generator: torch.Generator) -> list[list[int]]:

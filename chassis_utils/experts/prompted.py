@@ -43,6 +43,12 @@ class Answered:
         )
         return Answered(base_rows, expert_rows, answers, self.skip)
 
+    def __add__(self, other: "Answered") -> "Answered":
+        """Both, one after the other."""
+        ours, theirs = ((side.base_rows, side.expert_rows, side.answers) for side in (self, other))
+        base_rows, expert_rows, answers = (first + second for first, second in zip(ours, theirs, strict=True))
+        return Answered(base_rows, expert_rows, answers, max(self.skip, other.skip))
+
     def samples(self) -> tuple[Int[Tensor, "n"], Bool[Tensor, "n"]]:
         """The question of each of these tokens, row after row, and whether what follows it is the answer."""
         lengths, written = torch.tensor(self.lengths), torch.tensor([len(answer) + 1 for answer in self.answers])

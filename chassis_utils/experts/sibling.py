@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from chassis_utils.experts.prompted import Answered
+from chassis_utils.lm.forward import encode, written
 from chassis_utils.lm.model import LanguageModel
 from chassis_utils.lm.states import last_states
 
@@ -38,3 +40,16 @@ class Sibling:
     ) -> Float[Tensor, "n vocab"]:
         """The sibling's own logits; `ValueError` as of `states.collect`."""
         return self.model.head(last_states(self.model, texts, positions))
+
+    def read(self, texts: Sequence[str], tokens: int = 0) -> Answered:
+        """The texts as both read them, with the sibling's own greedy answers of at most so many tokens, if any.
+
+        Without answers every token counts but the first, which begins every row; with them those of the answer.
+        Raises `ValueError` for texts that cannot be read, and those of a single token.
+        """
+        rows = encode(self.base, texts)
+        answers = written(self.model, rows, tokens) if tokens else [row[2:] for row in rows]
+        rows = [row + answer for row, answer in zip(rows, answers, strict=True)] if tokens else rows
+        if min(map(len, rows)) < 2:
+            raise ValueError("a text of a single token leaves nothing to fit at: give longer ones")
+        return Answered(rows, rows, answers, skip=1)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from chassis_utils.lm.model import PROBE, LanguageModel
+from chassis_utils.lm.model import PROBE, LanguageModel, blocks_path
 
 Change = Callable[[Tensor], Tensor | None]  # x [n, t, d] -> what is added to it, or nothing
 
@@ -30,9 +30,11 @@ def behind_attention(model: LanguageModel, layer: int, change: Change) -> Iterat
         read[:] = [inputs[0]]
 
     def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        a = output[0] if isinstance(output, tuple) else output
+        a = output if isinstance(output, Tensor) else output[0]
         more = change(read[0] + a)
-        return None if more is None else (a + more, *output[1:]) if isinstance(output, tuple) else a + more
+        return (
+            None if more is None else a + more if isinstance(output, Tensor) else type(output)([a + more, *output[1:]])
+        )
 
     with ExitStack() as hooks:
         hooks.callback(block.register_forward_pre_hook(note).remove)
@@ -49,7 +51,7 @@ def check_attention(model: LanguageModel) -> None:
             hooks.callback(child.register_forward_pre_hook(lambda _, given: inputs.extend(given[:1])).remove)
         hooks.enter_context(behind_attention(model, 0, seen.append))  # which returns nothing
         model.body(torch.tensor(model.encode([PROBE]), device=model.device), use_cache=False)
-    if not any(torch.equal(given, seen[0]) for given in inputs):
+    if not any(torch.equal(given.flatten(0, -2), seen[0].flatten(0, -2)) for given in inputs):  # OPT flattens the batch
         raise ValueError(
             f"the blocks of {model.name!r} do not read on from what their attention adds to its input: edits behind "
             "the attention have no place there, use the last state alone"
@@ -68,7 +70,8 @@ def counting(model: LanguageModel) -> Iterator[list[Int[Tensor, "n t"]]]:
             mask = ids.new_ones(len(ids), ids.shape[1] + (cache.get_seq_length() if cache is not None else 0))
         places[:] = [(mask.cumsum(1) - 1)[:, -ids.shape[1] :]]
 
-    handle = model.body.register_forward_pre_hook(count, with_kwargs=True)
+    around = model.network.get_submodule(blocks_path(model.network).rpartition(".")[0])  # OPT calls it past its body
+    handle = around.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield places
     finally:

@@ -29,12 +29,17 @@ class Claim:
         return float(value), bool(holds)
 
 
-CLAIMS: list[Claim] = []
+_CLAIMS: list[Claim] = []
 
 
-def claim(sentence: str, table: str, measure: str) -> Callable[[Callable[[pd.DataFrame, int], Answer]], None]:
-    """Put the decorated question on the list."""
-    return lambda question: CLAIMS.append(Claim(sentence, table, measure, question))
+def claim(table: str, measure: str) -> Callable[[Callable[[pd.DataFrame, int], Answer]], None]:
+    """Put the decorated question on the list; its docstring is the sentence that it decides."""
+    return lambda question: _CLAIMS.append(Claim((question.__doc__ or "").rstrip("."), table, measure, question))
+
+
+def claims() -> list[Claim]:
+    """Those on the list."""
+    return list(_CLAIMS)
 
 
 def wide(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -43,10 +48,15 @@ def wide(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return sized.pivot_table(index=keys, columns="variant", values="kl")
 
 
+def rounding(kl: float) -> bool:
+    """Whether a KL, or an excess of one, is no more than rounding."""
+    return kl < EXACT
+
+
 def exact(rows: pd.DataFrame) -> Answer:
     """The largest KL of what is corrected, which should be rounding."""
     kl = rows.loc[rows["variant"].eq("corrected"), "kl"].max()
-    return kl, kl < EXACT
+    return kl, rounding(kl)
 
 
 def worse_than_nothing(rows: pd.DataFrame) -> Answer:
