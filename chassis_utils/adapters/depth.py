@@ -197,7 +197,7 @@ def fit_prompt(
     True
     """
     expert, questions = PromptedExpert(base, system), list(dict.fromkeys(require_texts(questions)))
-    rank = _rank(base, rank, questions)
+    rank = _checked(base, rank, questions)
     return _fit(base, expert.answered(questions, tokens), deal(questions, FOLDS), rank)
 
 
@@ -214,12 +214,13 @@ def fit_sibling(base: LanguageModel, sibling: LanguageModel, texts: Sequence[str
     True
     """
     texts = list(dict.fromkeys(require_texts(texts)))
-    rank = _rank(base, rank, texts)
+    rank = _checked(base, rank, texts)
     return _fit(base, Sibling(base, sibling).read(texts), deal(texts, FOLDS), rank, sibling)
 
 
-def _rank(base: LanguageModel, rank: int | None, texts: Sequence[str]) -> int:
-    """The rank asked for, or the largest within `SHARE`; `ValueError` for one beyond the width, and too few texts."""
+def _checked(base: LanguageModel, rank: int | None, texts: Sequence[str]) -> int:
+    """The rank asked for, or the largest within `SHARE`; what cannot be fitted is refused before long work."""
+    check_attention(base)
     if rank is None:
         rank = min(max(0, int((SHARE * base.parameters / (base.depth + 1) / base.width - 1) / 2)), base.width)
     if len(texts) < 2 * FOLDS or not 0 <= rank <= base.width:
