@@ -60,7 +60,8 @@ DELTA = {f"linear_{what}": 8 for what in ("key_head_dim", "value_head_dim")} | {
 }
 CONFIGS: dict[str, dict[str, object]] = {
     **dict.fromkeys(["llama", "qwen2", "qwen3", "smollm3", "gemma", "phi", "gpt_neox", "stablelm"], LLAMA),
-    **dict.fromkeys(["starcoder2", "cohere", "granite", "olmo", "olmo2", "nanochat"], LLAMA),
+    **dict.fromkeys(["starcoder2", "cohere", "olmo", "olmo2", "nanochat"], LLAMA),
+    "granite": LLAMA | {"residual_multiplier": 0.22},  # as released
     **dict.fromkeys(["mistral", "gemma2", "gemma3_text", "cohere2"], LLAMA | WINDOW),
     "phi3": LLAMA | WINDOW,
     "minicpm3": PLAIN | LATENT,
@@ -92,6 +93,7 @@ REFUSED: dict[str, dict[str, str]] = {  # architecture -> function -> part of th
     "phi3": {"LoRA": NO_TARGETS},
     "minicpm3": {"port": "changes its last state before the head reads it", "depth": NO_PLACE, "LoRA": NO_TARGETS},
     "openai-gpt": {"LoRA": NO_TARGETS},
+    "granite": {"depth": NO_PLACE},  # it scales what the attention adds
     "llama4_text": {"circulant": EXPERT_MLP},
     "mixtral": {"circulant": EXPERT_MLP},
     "phimoe": {"circulant": EXPERT_MLP},

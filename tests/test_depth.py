@@ -258,7 +258,7 @@ def test_a_system_prompt_becomes_edits_that_a_port_answers_with(model: LanguageM
 
 @pytest.mark.parametrize(
     ("questions", "rank", "reason"),
-    [(QUESTIONS[:11], None, "11 different texts"), (QUESTIONS, 257, "rank 257")],
+    [(QUESTIONS[:11], None, "11 different texts are too few"), (QUESTIONS, 257, "rank 257")],
     ids=["few", "rank"],
 )
 def test_what_cannot_be_fitted_is_refused_before_long_work(

@@ -60,7 +60,20 @@ def test_at_a_lower_rank_it_is_nearer_on_the_inputs_than_a_plain_decomposition(t
 
 
 def test_what_cannot_be_extracted_is_refused(tiny_llama_model: LanguageModel) -> None:
-    with pytest.raises(ValueError, match="0 linear layers"):
+    with pytest.raises(ValueError, match="differs from that of"):
         extract(tiny_llama_model, tiny_llama_model, TEXTS, rank=2)
-    with pytest.raises(ValueError, match="the rank is 0"):
+    with pytest.raises(ValueError, match="rank 0"):
         extract(tiny_llama_model, changed(tiny_llama_model, 2), TEXTS, rank=0)
+
+
+def test_other_texts_give_another_fingerprint_and_unchanged_layers_nothing(tiny_llama_model: LanguageModel) -> None:
+    base = tiny_llama_model
+    sibling = changed(base, 6)
+    with torch.no_grad():  # one layer alone
+        for name, weight in sibling.network.named_parameters():
+            if "layers.1" in name or "down_proj" in name:
+                weight.copy_(base.network.get_parameter(name))
+    first, second = (extract(base, sibling, texts, rank=1) for texts in (TEXTS[:3], TEXTS[3:]))
+    assert first.model.fingerprint != second.model.fingerprint
+    layer = base.network.get_submodule("model.layers.0.self_attn.q_proj")
+    assert first.parameters == sum(layer.weight.shape)

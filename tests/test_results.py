@@ -29,8 +29,9 @@ def test_tables_notebooks_and_figures_agree() -> None:
     assert disagreements(ROOT) == []
 
 
-def test_every_measured_number_of_the_paper_comes_from_a_table() -> None:
-    assert literal_numbers((ROOT / "paper" / "paper.typ").read_text(encoding="utf-8")) == []
+@pytest.mark.parametrize("name", ["paper", "details", "quantities"])
+def test_every_measured_number_of_the_paper_comes_from_a_table(name: str) -> None:
+    assert literal_numbers((ROOT / "paper" / f"{name}.typ").read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.rglob("*.csv")), ids=lambda path: path.stem)

@@ -22,11 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chassis_utils.adapters.adapter import Adapter, HeldOut
-from chassis_utils.adapters.fit import AdapterPath, fit_moments, state_edits
+from chassis_utils.adapters.fit import AdapterPath, check_rank, fit_moments
 from chassis_utils.experts.prompted import Answered, PromptedExpert
 from chassis_utils.experts.sibling import Sibling
+from chassis_utils.limits import require_memory
 from chassis_utils.linalg.moments import by_fold
-from chassis_utils.linalg.regression import vocabulary_metric
+from chassis_utils.linalg.regression import solve_symmetric, vocabulary_metric
 from chassis_utils.lm.attention import check_attention
 from chassis_utils.lm.model import ROWS, Head, LanguageModel
 from chassis_utils.lm.stream import Stream
@@ -34,7 +35,6 @@ from chassis_utils.metrics import clearly_lower, kl_divergence
 from chassis_utils.text.prompts import deal, require_texts
 
 FOLDS = 6  # of the questions; one of them judges
-MANY = 8 * ROWS  # states whose logits are pulled back at once: each time costs a product with the head's weights
 SHARE = 0.01  # of the base's parameters, that all edits may have together
 
 
@@ -46,7 +46,7 @@ class Depth:
     """
 
     edits: Mapping[int, Adapter]
-    skip: int  # tokens at the beginning of a row that are left alone: what every prompt begins with
+    skip: int  # tokens at the beginning of a row that are left alone
     held_out: HeldOut  # as the gate found it
 
     @property
@@ -80,7 +80,8 @@ class Lesson:
 
         The expert is the model itself, which reads its own rows, unless a sibling is given. Raises `ValueError` for
         layers that are none of 0 to `depth` - 1, folds that are not one for each question, a sibling of other sizes,
-        and blocks that read on from something else than their attention's sum.
+        and blocks that read on from something else than their attention's sum; `MemoryError` where the states do not
+        fit.
         """
         wrong = [layer for layer in layers if not 0 <= layer < model.depth]
         if wrong or len(folds) != len(answered.lengths):
@@ -96,6 +97,9 @@ class Lesson:
             )
         for read in (model, *([sibling] if sibling else [])):
             check_attention(read)
+        size = sum(answered.lengths) * model.width * model.network.dtype.itemsize
+        held = len({*layers, model.depth}) + 2  # and what the two streams keep
+        require_memory(size * held, f"the states of {sum(answered.lengths)} tokens", "give fewer or shorter texts")
         expert, targets = Stream.of(told, answered.expert_rows, answered.lengths), {}
         for layer in sorted({*layers, model.depth}):
             expert = expert.on_to(layer) if layer else expert
@@ -136,10 +140,22 @@ class Lesson:
             likely = self.expert.mean_probabilities(target)
             metric = vocabulary_metric(self.head.weight, likely)
             if self.expert.fingerprint != self.head.fingerprint:
-                pairs = zip(h.split(MANY), target.split(MANY), strict=True)
-                changes = (self.head.unfinish(self.expert(t)) - self.head.product(x) for x, t in pairs)
-                edits = torch.cat([state_edits(change, self.head, likely)[0] for change in changes])
+                edits = self._pulled_back(h, target, likely)
         return fit_moments(by_fold(h, edits, self.folds[here].tolist()), self.head, metric)
+
+    def _pulled_back(
+        self, h: Shaped[Tensor, "n d"], target: Shaped[Tensor, "n d"], likely: Float64[Tensor, "vocab"]
+    ) -> Float64[Tensor, "n d"]:
+        """The edits that come closest to the change of the logits, where the expert has a head of its own.
+
+        As `fit.state_edits`, without all logits at once.
+        """
+        w = self.head.weight.double()
+        centred = (w - likely @ w) * likely[:, None]
+        pairs = zip(h.split(ROWS), target.split(ROWS), strict=True)
+        changes = ((self.head.unfinish(self.expert(t)) - self.head.product(x)).double() for x, t in pairs)
+        pulled = torch.cat([change @ centred for change in changes])
+        return solve_symmetric(centred.T @ w, pulled.T).T
 
     def last(self, edits: Mapping[int, Adapter] | None = None) -> Shaped[Tensor, "m d"]:
         """The states that the head reads for the tokens of answers, under the edit here and further ones by layer."""
@@ -202,10 +218,10 @@ def fit_prompt(
 
 
 def fit_sibling(base: LanguageModel, sibling: LanguageModel, texts: Sequence[str], rank: int | None = None) -> Depth:
-    """The same for a sibling of `base`, a checkpoint that was trained further: on every token of `texts`.
+    """The same for a sibling of `base`, a checkpoint that was trained further: on every token of `texts` but the first.
 
-    Memory: the sibling's state for each token and block. Raises as `fit_prompt`, and `ValueError` for a checkpoint of
-    another tokenizer or other sizes.
+    Memory: the sibling's state for each token and block. Raises as `fit_prompt`, `ValueError` for a checkpoint of
+    another tokenizer or other sizes, and `MemoryError` where the states do not fit.
 
     >>> from chassis_utils import fit_sibling, load
     >>> sums = [f"How much is {i} + {i + 3}? It is {2 * i + 3}." for i in range(48)]
@@ -213,22 +229,23 @@ def fit_sibling(base: LanguageModel, sibling: LanguageModel, texts: Sequence[str
     >>> taught.held_out.gap_closed > 0.5
     True
     """
-    texts = list(dict.fromkeys(require_texts(texts)))
+    pair, texts = Sibling(base, sibling), list(dict.fromkeys(require_texts(texts)))
     rank = _checked(base, rank, texts)
-    return _fit(base, Sibling(base, sibling).read(texts), deal(texts, FOLDS), rank, sibling)
+    return _fit(base, pair.read(texts), deal(texts, FOLDS), rank, sibling)
+
+
+def largest_rank(base: LanguageModel, share: float = SHARE) -> int:
+    """The rank at which edits in every block and at the last state are at most that share of the base's parameters."""
+    return min(max(0, int((share * base.parameters / (base.depth + 1) / base.width - 1) / 2)), base.width)
 
 
 def _checked(base: LanguageModel, rank: int | None, texts: Sequence[str]) -> int:
     """The rank asked for, or the largest within `SHARE`; what cannot be fitted is refused before long work."""
+    check_rank(rank, base.head)
+    if len(texts) < 2 * FOLDS:
+        raise ValueError(f"{len(texts)} different texts are too few: give {2 * FOLDS} at least, better hundreds")
     check_attention(base)
-    if rank is None:
-        rank = min(max(0, int((SHARE * base.parameters / (base.depth + 1) / base.width - 1) / 2)), base.width)
-    if len(texts) < 2 * FOLDS or not 0 <= rank <= base.width:
-        raise ValueError(
-            f"{len(texts)} different texts and rank {rank}: give {2 * FOLDS} at least, better hundreds, and a rank of "
-            f"0 to {base.width}"
-        )
-    return rank
+    return largest_rank(base) if rank is None else rank
 
 
 def _fit(

@@ -127,7 +127,7 @@ def fit_gated(
     KL of none is below the untouched base's by more than a standard error (rows of one of `groups`, or of a fold,
     counting as one), the adapter edits nothing. Raises `ValueError` as `fit_logits`, and for a rank above the width.
     """
-    _check_rank(rank, head, groups, len(h))
+    check_rank(rank, head, groups, len(h))
     whole = fit_logits(h, logits, head, folds)
     most = len(whole.path.singular_values)
     ranks = [0, *(2**k for k in range(most.bit_length()) if 2**k <= most)] if rank is None else [whole.at(rank).rank]
@@ -228,10 +228,11 @@ def _check_request(base: LanguageModel, expert: LanguageModel | Expert, rank: in
         require_model(expert)
     if not isinstance(positions, int) or positions < 2:
         raise ValueError(f"{positions!r} positions leave none to hold out: ask for two at least, better thousands")
-    _check_rank(rank, base.head)
+    check_rank(rank, base.head)
 
 
-def _check_rank(rank: int | None, head: Head, groups: Sequence[str] | None = None, rows: int = 0) -> None:
+def check_rank(rank: int | None, head: Head, groups: Sequence[str] | None = None, rows: int = 0) -> None:
+    """Raise `ValueError` for a rank beyond the width, and groups that are not one for each row."""
     limit = head.weight.shape[1]
     if rank is not None and (not isinstance(rank, int) or not 0 <= rank <= limit):
         raise ValueError(f"rank {rank!r} is beyond the limit: states of this width give ranks 0 to {limit}")

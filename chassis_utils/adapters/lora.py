@@ -6,6 +6,7 @@ order. Cost: a forward and a backward pass of the whole network for every row in
 
 import copy
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,10 +16,11 @@ import torch
 from jaxtyping import Float, Shaped
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from chassis_utils.files import write_together
 from chassis_utils.lm.forward import encode, pad, read_logits
 from chassis_utils.lm.model import Head, LanguageModel
 from chassis_utils.metrics import kl_loss
@@ -44,10 +46,16 @@ class LoRA:
         return sum(value.numel() for value in self.factors.values())
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that peft reads: `PeftModel.from_pretrained(network, folder)`."""
-        self.model.network.peft_config["default"].save_pretrained(str(folder))
+        """Write a folder that peft reads: `PeftModel.from_pretrained(network, folder)`; `OSError` where it cannot."""
+        config = self.model.network.peft_config["default"].to_dict()
+        config |= {"base_model_name_or_path": self.model.name, "inference_mode": True}
+        config["target_modules"] = sorted(config["target_modules"])
         named = {f"base_model.model.{k.replace('.default', '')}": v.detach() for k, v in self.factors.items()}
-        save_file({k: v.contiguous() for k, v in named.items()}, Path(folder) / "adapter_model.safetensors")
+        weights = save({name: value.cpu().contiguous() for name, value in named.items()})
+        text = json.dumps(config, indent=2, sort_keys=True, default=str) + "\n"
+        write_together(
+            {Path(folder) / "adapter_model.safetensors": weights, Path(folder) / "adapter_config.json": text}
+        )
 
     def logits(self, prompts: Sequence[str]) -> Float[Tensor, "n vocab"]:
         """Next-token logits; `ValueError` for prompts that cannot be read."""
@@ -113,7 +121,7 @@ def train_lora(
             schedule.step()
             total += loss.item() * len(numbers)
         losses.append(total / len(rows))
-        now = replace(model, fingerprint=f"{base.fingerprint}+{_digest(model)}")  # other weights, other states
+        now = replace(model, fingerprint=f"{base.fingerprint}+{digest(model)}")  # other weights, other states
         yield LoRA(now, list(losses))
 
 
@@ -141,7 +149,7 @@ def _tails(model: LanguageModel, rows: Sequence[list[int]], lengths: Sequence[in
     return model.head.finish(model.network.get_output_embeddings()(torch.cat(tails)))
 
 
-def _digest(model: LanguageModel) -> str:
+def digest(model: LanguageModel) -> str:
     """16 hex digits of the trained factors."""
     factors = {name: value.detach().contiguous() for name, value in LoRA(model).factors.items()}
     return hashlib.sha256(save(factors)).hexdigest()[:16]

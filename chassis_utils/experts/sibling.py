@@ -8,13 +8,13 @@ from torch import Tensor
 
 from chassis_utils.experts.prompted import Answered
 from chassis_utils.lm.forward import encode, written
-from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.model import LanguageModel, require_model
 from chassis_utils.lm.states import last_states
 
 
 @dataclass(frozen=True)
 class Sibling:
-    """Another checkpoint with the base's tokenizer; `ValueError` where the tokens differ.
+    """Another checkpoint with the base's tokenizer; `TypeError` for what is no model, `ValueError` where tokens differ.
 
     >>> from chassis_utils import Sibling, load
     >>> expert = Sibling(load("models/port-llama"), load("models/sibling-math"))
@@ -26,6 +26,8 @@ class Sibling:
     model: LanguageModel
 
     def __post_init__(self) -> None:
+        require_model(self.base)
+        require_model(self.model)
         first, second = (model.tokenizer.get_vocab() for model in (self.base, self.model))
         sizes = [len(model.head.weight) for model in (self.base, self.model)]
         if first != second or sizes[0] != sizes[1]:
@@ -44,7 +46,7 @@ class Sibling:
     def read(self, texts: Sequence[str], tokens: int = 0) -> Answered:
         """The texts as both read them, with the sibling's own greedy answers of at most so many tokens, if any.
 
-        Without answers every token counts but the first, which begins every row; with them those of the answer.
+        Without answers every token counts but the first of each row, where attention sinks; with them the answer's.
         Raises `ValueError` for texts that cannot be read, and those of a single token.
         """
         rows = encode(self.base, texts)

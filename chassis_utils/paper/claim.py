@@ -29,17 +29,22 @@ class Claim:
         return float(value), bool(holds)
 
 
-_CLAIMS: list[Claim] = []
+_CLAIMS: dict[str, Claim] = {}  # by sentence
 
 
 def claim(table: str, measure: str) -> Callable[[Callable[[pd.DataFrame, int], Answer]], None]:
     """Put the decorated question on the list; its docstring is the sentence that it decides."""
-    return lambda question: _CLAIMS.append(Claim((question.__doc__ or "").rstrip("."), table, measure, question))
+
+    def put(question: Callable[[pd.DataFrame, int], Answer]) -> None:
+        sentence = (question.__doc__ or "").rstrip(".")
+        _CLAIMS[sentence] = Claim(sentence, table, measure, question)
+
+    return put
 
 
 def claims() -> list[Claim]:
     """Those on the list."""
-    return list(_CLAIMS)
+    return list(_CLAIMS.values())
 
 
 def wide(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
