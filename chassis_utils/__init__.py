@@ -27,6 +27,7 @@ PUBLIC = {  # name -> where it is defined
     "BridgedExpert": "experts.bridged",
     "Alongside": "experts.alongside",
     "fit": "adapters.fit",
+    "Depth": "adapters.depth",
     "fit_prompt": "adapters.depth",
     "fit_sibling": "adapters.depth",
     "extract": "adapters.extraction",

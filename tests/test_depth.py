@@ -173,6 +173,19 @@ def test_in_a_port_the_edits_hold_at_every_token_but_the_first_ones(
     assert port.memory["deep"] == 4 * depth.parameters
 
 
+def test_what_was_saved_is_read_again_or_refused(model: LanguageModel, depth: Depth, tmp_path: Path) -> None:
+    depth.save_pretrained(tmp_path)
+    read, h = Depth.from_pretrained(tmp_path, model.head), torch.randn(3, model.width)
+    assert (list(read.edits), read.skip, read.held_out) == (list(depth.edits), depth.skip, depth.held_out)
+    for layer, edit in read.edits.items():
+        torch.testing.assert_close(edit.edit(h), depth.edits[layer].edit(h), atol=1e-6, rtol=1e-5)
+    (tmp_path / "depth.json").write_text('{"layers": [3], "skip": 1}')
+    with pytest.raises(ValueError, match="damaged"):
+        Depth.from_pretrained(tmp_path, model.head)
+    with pytest.raises(ValueError, match=r"holds no depth\.json"):
+        Depth.from_pretrained(tmp_path / "nowhere", model.head)
+
+
 def test_generate_under_edits_is_greedy_step_by_step_for_each_row_of_a_mixed_batch(
     model: LanguageModel, depth: Depth
 ) -> None:

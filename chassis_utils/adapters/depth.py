@@ -13,8 +13,10 @@ it decide, by the KL, whether the edits stay. Cost: a pass over the rows with th
 for each layer a few d^3.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int, Shaped
@@ -25,15 +27,18 @@ from chassis_utils.adapters.adapter import Adapter, HeldOut
 from chassis_utils.adapters.fit import AdapterPath, check_rank, fit_moments
 from chassis_utils.experts.prompted import Answered, PromptedExpert
 from chassis_utils.experts.sibling import Sibling
+from chassis_utils.files import write_together
 from chassis_utils.limits import require_memory
 from chassis_utils.linalg.moments import by_fold
 from chassis_utils.linalg.regression import solve_symmetric, vocabulary_metric
 from chassis_utils.lm.attention import check_attention
 from chassis_utils.lm.model import ROWS, Head, LanguageModel
 from chassis_utils.lm.stream import Stream
+from chassis_utils.lm.tokenizer import read_json
 from chassis_utils.metrics import clearly_lower, kl_divergence
 from chassis_utils.text.prompts import deal, require_texts
 
+CONFIG = "depth.json"
 FOLDS = 6  # of the questions; one of them judges
 SHARE = 0.01  # of the base's parameters, that all edits may have together
 
@@ -43,6 +48,15 @@ class Depth:
     """Edits by block, and, as that of `depth`, of the last state; none where the gate found them no better.
 
     `Port.plug` takes them as one adapter.
+
+    >>> import tempfile
+    >>> from chassis_utils import Depth, fit_prompt, load
+    >>> base = load("models/port-llama")
+    >>> told = fit_prompt(base, "Words about arrays.", [f"The size of {c}." for c in "abcdefghijklmn"], tokens=4)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     told.save_pretrained(folder)
+    ...     Depth.from_pretrained(folder, base.head).parameters == told.parameters
+    True
     """
 
     edits: Mapping[int, Adapter]
@@ -53,6 +67,28 @@ class Depth:
     def parameters(self) -> int:
         """Numbers stored."""
         return sum(adapter.parameters for adapter in self.edits.values())
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write each edit to a folder of its own, and last what joins them; `OSError` where that is not possible."""
+        folder = Path(folder)
+        for layer, adapter in self.edits.items():
+            adapter.save_pretrained(folder / f"layer_{layer}")
+        config = {"layers": sorted(self.edits), "skip": self.skip, "held_out": asdict(self.held_out)}
+        write_together({folder / CONFIG: json.dumps(config, indent=2) + "\n"})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, head: Head) -> "Depth":
+        """Read what `save_pretrained` wrote; `ValueError` for what is missing or damaged, and another head."""
+        path = Path(folder) / CONFIG
+        if not path.is_file():
+            raise ValueError(f"{path.parent.name!r} holds no {CONFIG}: name a folder that edits at depth were saved to")
+        config = read_json(path)
+        try:
+            layers, held_out = list(map(int, config["layers"])), HeldOut(**config["held_out"])
+            edits = {layer: Adapter.from_pretrained(path.parent / f"layer_{layer}", head) for layer in layers}
+            return cls(edits, int(config["skip"]), held_out)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{CONFIG} of {path.parent.name!r} is damaged ({error}): save it anew") from None
 
 
 @dataclass(frozen=True)
