@@ -86,9 +86,6 @@ EDITS = {  # what is edited by hand -> the file, and how
     "a verdict": ("notebooks/50_port.ipynb", swap(r"bit-identical to those", "different from those")),
     "a shown table": ("notebooks/50_port.ipynb", swap(r"<td>synthetic</td>", "<td>bridged</td>")),
     "a literal number": ("paper/paper.typ", swap("on our small models", "on our small models (1.2e-7)")),
-        "paper/paper.typ",
-        swap("in total\\s+variation where", "in total variation, or 1.2e-7, where"),
-    ),
 }
 BINARY = ["figures/port.png", "figures/port.pdf", "paper/paper.pdf"]
 
