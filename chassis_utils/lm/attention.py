@@ -32,9 +32,9 @@ def behind_attention(model: LanguageModel, layer: int, change: Change) -> Iterat
     def add(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
         a = output if isinstance(output, Tensor) else output[0]
         more = change(read[0] + a)
-        return (
-            None if more is None else a + more if isinstance(output, Tensor) else type(output)([a + more, *output[1:]])
-        )
+        if more is None:
+            return None
+        return a + more if isinstance(output, Tensor) else type(output)([a + more, *output[1:]])
 
     with ExitStack() as hooks:
         hooks.callback(block.register_forward_pre_hook(note).remove)
