@@ -10,12 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Float64, Int, Shaped
+from scipy.stats import bootstrap
 from torch import Tensor
 
 CACHED = 2**17  # logits whose float64 copies stay in a processor's cache
+DRAWS = 2000  # of a bootstrap
 FIGURES = ("kl", "kl_se", "base_kl", "gap_closed", "top1", "top5_overlap", "n_prompts")  # of an evaluation row
 
 
@@ -130,11 +133,15 @@ class Reference:
         return self.expert.topk(5).indices
 
     @cached_property
-    def base_kl(self) -> float:
-        """Mean KL(expert || base), nats: the scale of every other KL; `ValueError` without a base."""
+    def _base_kls(self) -> Float64[Tensor, "n"]:
         if self.base is None:
             raise ValueError("this reference has no logits of the base: give them, a KL has no scale without")
-        return float(self.kl(self.base).mean())
+        return self.kl(self.base)
+
+    @property
+    def base_kl(self) -> float:
+        """Mean KL(expert || base), nats: the scale of every other KL; `ValueError` without a base."""
+        return float(self._base_kls.mean())
 
     @cached_property
     def _known(self) -> list[Known]:
@@ -152,6 +159,20 @@ class Reference:
         top1 = float((top[:, 0] == self._top[:, 0]).double().mean())
         overlap = float((top[:, :, None] == self._top[:, None]).any(-1).double().mean())
         return evaluation_row(self.kl(adapted) if kl is None else kl, self.base_kl, top1, overlap, self.groups, **keys)
+
+    def gap_interval(self, kl: Float64[Tensor, "n"]) -> dict[str, float]:
+        """Ends of the 95 percent interval of the share that prompts of this `kl` close; `ValueError` without a base.
+
+        A paired bootstrap: whole groups are drawn again, and each draw gives the adapted and the base's mean at once.
+        """
+        numbers = pd.factorize(np.array(self.groups or range(len(kl))))[0]
+        sums = [np.bincount(numbers, weights=values.cpu()) for values in (kl, self._base_kls)]
+
+        def closed(adapted: np.ndarray, base: np.ndarray, axis: int) -> np.ndarray:
+            return 1 - adapted.sum(axis) / base.sum(axis)
+
+        drawn = bootstrap(sums, closed, paired=True, n_resamples=DRAWS, method="percentile", rng=0).confidence_interval
+        return {"gap_low": float(drawn.low), "gap_high": float(drawn.high)}
 
 
 def over_seeds(rows: pd.DataFrame, also: Sequence[str] = ()) -> pd.DataFrame:

@@ -50,6 +50,18 @@ def test_the_edit_is_the_low_rank_product_of_the_study(seed: int, rank: int) -> 
     assert torch.linalg.matrix_rank(expert.u @ expert.v.T) == rank
 
 
+@given(seeds, st.integers(1, WIDTH), st.sampled_from([1e-4, 1e4]))
+def test_a_bent_edit_is_linear_for_small_states_and_bounded_for_large_ones(seed: int, rank: int, size: float) -> None:
+    head, h = head_and_states(seed)
+    straight = SyntheticExpert.draw(WIDTH, rank, seed)
+    bent = straight.bent(h)
+    assert bent.scale is not None
+    limit = straight.edit(size * h) if size < 1 else ((h.double() @ straight.u).sign() * bent.scale) @ straight.v.T
+    torch.testing.assert_close(bent.edit(size * h), limit, rtol=1e-3, atol=1e-3 * float(limit.abs().max()))
+    reached = bent.with_effect(0.5, head, h)
+    assert float(kl_divergence(head(reached.states(h)), head(h)).mean()) == pytest.approx(0.5, rel=0.01)
+
+
 def test_factors_have_the_spread_of_the_study() -> None:
     expert = SyntheticExpert.draw(2048, 64)
     assert torch.cat([expert.u, expert.v]).std() == pytest.approx(0.01, rel=0.01)

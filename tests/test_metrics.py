@@ -116,6 +116,26 @@ def test_the_expert_closes_the_gap_and_the_base_leaves_it() -> None:
     assert reference.row(expert)["top1"] == reference.row(expert)["top5_overlap"] == 1
 
 
+def test_the_interval_of_the_share_covers_the_truth_as_often_as_it_says() -> None:
+    generator, covered, rounds = torch.Generator().manual_seed(0), 0, 200
+    reference = Reference(torch.zeros(120, 8), torch.zeros(120, 8), [str(k // 3) for k in range(120)])
+    for _ in range(rounds):  # 40 groups of three prompts that share most of their noise; half of the gap is closed
+        of_groups = torch.randn(40, generator=generator).exp().repeat_interleave(3).double()
+        base = of_groups * (1 + 0.1 * torch.rand(120, generator=generator))
+        adapted = base * (0.25 + 0.5 * torch.rand(40, generator=generator).repeat_interleave(3))
+        reference.__dict__["_base_kls"] = base
+        ends = reference.gap_interval(adapted)
+        covered += ends["gap_low"] <= 0.5 <= ends["gap_high"]
+    assert 0.88 <= covered / rounds <= 0.99  # 95 percent, less what few groups cost a bootstrap
+
+
+def test_an_adapter_that_halves_every_divergence_has_no_spread() -> None:
+    expert, base = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(1))
+    reference = Reference(expert, base, [str(k // 4) for k in range(20)])
+    ends = reference.gap_interval(0.5 * reference.kl(base))  # a paired interval: the groups' own spread cancels
+    assert ends == pytest.approx({"gap_low": 0.5, "gap_high": 0.5})
+
+
 def test_no_gap_has_no_share() -> None:
     expert = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     assert math.isnan(float(Reference(expert, expert).row(expert + 1)["gap_closed"]))

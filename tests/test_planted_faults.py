@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from prose import literal_numbers
+from shown import disagreements
 
 from chassis_utils.files import ROOT
 from chassis_utils.paper import checksums, tables
 from chassis_utils.paper.agreement import table_differences
-from chassis_utils.paper.consistency import disagreements
 
 ENDS = (".csv", ".tex", ".md", ".json")
 TABLES = [f"paper/tables/{name}{end}" for name in ("port", "fft_speed", "fft_model_speed") for end in ENDS]

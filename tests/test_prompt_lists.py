@@ -51,22 +51,33 @@ def test_long_prompts_have_two_sentences(name: str) -> None:
 
 def test_groups_of_questions_share_neither_a_topic_nor_a_form() -> None:
     files = ROOT / "notebooks" / "questions" / "topics.txt", ROOT / "notebooks" / "questions" / "forms.txt"
-    asked = cross(*files, range(8), 400, "train")
-    assert len({prompt.text for prompt in asked}) == len(asked) == 400
+    asked = cross(*files, range(10), 500, "train")
+    assert len({prompt.text for prompt in asked}) == len(asked) == 500
     forms, topics = dict[str, set[str]](), dict[str, set[str]]()
     for prompt in asked:
         assert prompt.cluster is not None
         forms.setdefault(prompt.text.replace(prompt.cluster, "{}"), set()).add(prompt.group)
         topics.setdefault(prompt.cluster, set()).add(prompt.group)
-    assert len(forms) == 40
-    assert len(topics) == 80
+    assert len(forms) == 50
+    assert len(topics) == 100
     assert {len(groups) for groups in (*forms.values(), *topics.values())} == {1}
     assert {
         group: sum(prompt.group == group for prompt in cross(*files, range(6, 8), 15, "test")) for group in "67"
     } == {"6": 8, "7": 8}
 
 
-@pytest.mark.parametrize(("groups", "n"), [(range(9), 10), (range(2), 0)])
+def test_mixed_groups_meet_each_others_forms_and_no_others() -> None:
+    files = ROOT / "notebooks" / "questions" / "topics.txt", ROOT / "notebooks" / "questions" / "forms.txt"
+    groups = (1, 2, 5)
+    asked = cross(*files, groups, 10_000, "train", mixed=True)
+    assert len({prompt.text for prompt in asked}) == len(asked) == 30 * 15  # all topics of theirs with all forms
+    alone, first = (cross(*files, groups, 150, "train", mixed=mixed) for mixed in (False, True))
+    assert alone == first
+    forms, own = ({prompt.text.replace(prompt.cluster or "", "{}") for prompt in some} for some in (asked, alone))
+    assert forms == own
+
+
+@pytest.mark.parametrize(("groups", "n"), [(range(11), 10), (range(2), 0)])
 def test_more_groups_than_the_files_hold_and_no_questions_are_refused(groups: range, n: int) -> None:
     folder = ROOT / "notebooks" / "questions"
     with pytest.raises(ValueError, match="give 10 topics and 5 forms for each group"):

@@ -178,6 +178,8 @@ def test_results_need_a_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_variants_keep_their_look_and_differ_without_colour() -> None:
     styles = style.variant_styles(["as_reported", "ridge chosen", "edit", "own folds", "corrected"])
     assert styles["corrected"] == style.variant_styles(["corrected"])["corrected"]
+    beside_others = style.variant_styles(["low_rank", "low_rank_aware", "corrected"])
+    assert beside_others["low_rank_aware"] == style.variant_styles(["low_rank_aware"])["low_rank_aware"]
     assert len({(style["marker"], str(style["linestyle"])) for style in styles.values()}) == 5
     assert len({style["color"] for style in styles.values()}) == 5
 

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from claims import CLAIMS
 from prose import literal_numbers
+from shown import disagreements
 
 from chassis_utils.files import ROOT
 from chassis_utils.paper.checksums import altered
-from chassis_utils.paper.consistency import disagreements
 from chassis_utils.paper.tables import EVALUATION_COLUMNS
 
 TABLES = ROOT / "paper" / "tables"

@@ -1,7 +1,8 @@
 """The synthetic expert: the base with its last state edited by a low-rank map, h_e = h + s (h U) V^T, and its head.
 
-The expert of the CHASSIS study, with its strength s set by effect: the KL between expert and base on given states.
-Cost: that of the base.
+The expert of the CHASSIS study, with its strength s set by effect: the KL between expert and base on given states. A
+linear map of the state reproduces it exactly, which is too easy. Bent, by c tanh(z / c) of each z = h u, it is one that
+no linear map reproduces. Cost: that of the base.
 """
 
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ SPREAD = 0.01  # standard deviation of the entries of U and V, as in the CHASSIS
 
 @dataclass(frozen=True)
 class SyntheticExpert:
-    """h_e = h + strength (h U) V^T, in float64."""
+    """h_e = h + strength f(h U) V^T, in float64; f is the identity, or bends each coordinate beyond its own scale."""
 
     u: Float64[Tensor, "d rank"]
     v: Float64[Tensor, "d rank"]
     strength: float = 1.0
+    scale: Float64[Tensor, "rank"] | None = None  # at which a coordinate is bent
 
     @classmethod
     def draw(cls, width: int, rank: int, seed: int = 0) -> "SyntheticExpert":
@@ -41,11 +43,16 @@ class SyntheticExpert:
 
     def edit(self, h: Shaped[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
         """The edit h_e - h."""
-        return self.strength * (h.double() @ self.u) @ self.v.T
+        z = h.double() @ self.u
+        return self.strength * (z if self.scale is None else self.scale * (z / self.scale).tanh()) @ self.v.T
 
     def states(self, h: Shaped[Tensor, "n d"]) -> Float64[Tensor, "n d"]:
         """The expert's states h_e."""
         return h.double() + self.edit(h)
+
+    def bent(self, h: Shaped[Tensor, "n d"]) -> "SyntheticExpert":
+        """The same expert with each coordinate bent at its root mean square on `h`."""
+        return replace(self, scale=(h.double() @ self.u).square().mean(0).sqrt())
 
     def with_effect(self, kl: float, head: Head, h: Shaped[Tensor, "n d"]) -> "SyntheticExpert":
         """The same expert with the strength at which KL(expert || base) is `kl` nats on `h`.

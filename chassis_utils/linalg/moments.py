@@ -8,11 +8,9 @@ is one subtraction. Memory: d_x^2 + d_x d_y + d_y^2 numbers, whatever n; cost: n
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 from jaxtyping import Float64, Int64, Shaped
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -71,15 +69,6 @@ class Moments:
     def yy_centred(self) -> Float64[Tensor, "d_y d_y"]:
         """Gram matrix of the centred targets."""
         return self.yy - torch.outer(self.y_sum, self.y_mean)
-
-    def save(self, path: Path) -> None:
-        """Write to a safetensors file."""
-        save_file({field.name: getattr(self, field.name).contiguous() for field in fields(self)}, path)
-
-    @classmethod
-    def load(cls, path: Path) -> "Moments":
-        """Read what `save` wrote."""
-        return cls(**load_file(path))
 
 
 def bad_rows(rows: Shaped[Tensor, "n d"]) -> Int64[Tensor, "k"]:

@@ -21,7 +21,7 @@ RTOL = 1e-2  # relative; reordered float32 sums move the shown three digits by l
 RTOL_16_BITS = 0.1  # of rows whose `dtype` has 16 bits
 ATOL = 1e-9  # absolute, nats for a divergence: below it is rounding, and shown as below it (`paper.tables`)
 MEASURED = ("seconds", "tokens_per_s", "speedup", "ceiling", "share_of_ceiling")  # how columns of time begin
-SHARES = ("top1", "top5_overlap", "token_agreement", "same_top1")  # of prompts, or of their tokens
+SHARES = ("top1", "top5_overlap", "token_agreement", "same_top1", "french")  # of prompts, or of their tokens
 TIES = 2  # prompts that may fall otherwise
 CHAOTIC = 10.0  # factor by which the divergence of a chaotic row may differ
 DECIMAL = re.compile(r"((?<![\w.])-?\d[\d,]*(?:\.\d+(?:e[-+]?\d+)?|e[-+]?\d+)(?![\w]|\.\d))")
@@ -61,7 +61,7 @@ def _equal(column: str, new: pd.DataFrame, stored: pd.DataFrame) -> np.ndarray:
     ours, theirs = new[column], stored[column]
     if not (pd.api.types.is_float_dtype(theirs) and pd.api.types.is_numeric_dtype(ours)):
         return ((ours == theirs) | (ours.isna() & theirs.isna())).to_numpy()
-    if column == "gap_closed":  # what is left of it is a divergence
+    if column in ("gap_closed", "gap_low", "gap_high"):  # what is left of it is a divergence
         unit = stored.get("base_kl", 1.0)
         ours, theirs = (1 - ours) * unit, (1 - theirs) * unit
     if column in SHARES and "n_prompts" in stored:

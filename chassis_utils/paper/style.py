@@ -61,14 +61,23 @@ def theme() -> None:
     plt.style.use(["default", THEME])  # whatever the reader's own settings are
 
 
+# The curve of each method that stands in more than one figure; all others take what is left, in order.
+METHODS = {
+    "corrected": 0,
+    "likely_columns": 1,
+    "full_vocabulary": 2,
+    "low_rank_aware": 2,
+    "refined": 3,
+    "as_reported": 4,
+}
+
+
 def variant_styles(variants: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How to draw each variant: `as_reported` and `corrected` look the same in every figure."""
-    fixed: dict[str, dict[str, Any]] = {
-        "as_reported": {"color": VERMILION, "marker": "v", "linestyle": (0, (5, 1.5))},
-        "corrected": {"color": BLUE, "marker": "o", "linestyle": "-"},
-    }
-    spare = cycle(style for style in CURVES if style["color"] not in (VERMILION, BLUE))
-    return {name: fixed[name] if name in fixed else next(spare) for name in dict.fromkeys(variants)}
+    """How to draw each variant: a method looks the same in every figure."""
+    names, looks = list(dict.fromkeys(variants)), list(CURVES)
+    taken = {METHODS[name] for name in (*names, "corrected", "as_reported") if name in METHODS}
+    spare = cycle(look for place, look in enumerate(looks) if place not in taken)
+    return {name: looks[METHODS[name]] if name in METHODS else next(spare) for name in names}
 
 
 def error_curves(
@@ -89,6 +98,11 @@ def error_curves(
         if len(line):
             shown = heights if floor is None else heights.clip(floor)
             axis.errorbar(line[x], shown, errors, **look, label=variant.replace("_", " "))
+
+
+def interval(rows: pd.DataFrame) -> pd.DataFrame:
+    """How far below and above each share closed its interval reaches, as `errorbar` takes it."""
+    return pd.DataFrame([rows["gap_closed"] - rows["gap_low"], rows["gap_high"] - rows["gap_closed"]]).astype(float)
 
 
 def shared_legend(figure: Figure, axis: plt.Axes, columns: int = 3) -> None:
