@@ -73,6 +73,10 @@ DESCRIPTIONS = {  # what says nothing of itself; the first pattern that matches
     "models/*/*config.json": "Configuration of a shipped model",
     "models/*/tokenizer.json": "Tokenizer of a shipped model",
     "models/*/*.safetensors": "Weights of a shipped model",
+    "paper/*": "A file that the article is made with",
+    "notebooks/*": "A file beside the notebooks",
+    "tests/*": "A file that tests read",
+    "*": "A file of the repository",
 }
 
 
@@ -93,11 +97,10 @@ class Snapshot:
             members = [(member, tar.extractfile(member)) for member in tar if member.isfile()]
             files = {member.name: file.read() for member, file in members if file}
         executable = frozenset(member.name for member, _ in members if member.mode & 0o100)
-        commit, when = _git(root, "log", "-1", "--date=format-local:%Y %m %d %H %M %S", "--format=%H %cd", revision).split(
-            maxsplit=1
-        )
-        year, month, day, hour, minute, second = map(int, when.split())
-        return cls(files, executable, commit.decode(), (year, month, day, hour, minute, second))
+        form = ("--date=format-local:%Y %m %d %H %M %S", "--format=%H %cd")
+        commit, *when = _git(root, "log", "-1", *form, revision).decode().split()
+        year, month, day, hour, minute, second = map(int, when)
+        return cls(files, executable, commit, (year, month, day, hour, minute, second))
 
     def json(self, name: str) -> Any:
         """A file as JSON."""
@@ -216,11 +219,7 @@ def _description(snapshot: Snapshot, name: str) -> str:
         return f"{kind} {what} {path.stem} of notebook {source['notebook']}, profile {source['profile']}{alt}"
     if fnmatch(name, "docs/*.md") or name.endswith("ARCHITECTURES.md"):
         return content.decode().splitlines()[0].removeprefix("# ")
-    found = (text for pattern, text in DESCRIPTIONS.items() if fnmatch(name, pattern))
-    description = next(found, None)
-    if description is None:
-        raise ValueError(f"{name} has no description: add one to DESCRIPTIONS in paper/archive.py")
-    return description
+    return next(text for pattern, text in DESCRIPTIONS.items() if fnmatch(name, pattern))
 
 
 def _model(folder: str, files: dict[str, bytes]) -> Entity:
