@@ -162,6 +162,7 @@ def metadata(snapshot: Snapshot, files: dict[str, bytes]) -> Entity:
         "keywords": ", ".join(citation["keywords"]),
         "license": _ref(_spdx(citation["license"])),
         "author": _ref(AUTHORS),
+        "publisher": _ref(AUTHORS),
         "mainEntity": _ref("paper/paper.pdf"),
         "hasPart": [*map(_ref, models), *(_ref(entity["@id"]) for entity in described)],
         "mentions": [_ref(action["@id"]) for action in actions],
