@@ -1,4 +1,4 @@
-# paper · check · test · lab · refresh · models · clean; each creates the environment first if it is not there.
+# paper · check · test · lab · refresh · models · archive · clean; each creates the environment first if it is not there.
 # make paper PROFILE=real      other models, see notebooks/profiles/
 # make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
 # make test NOTEBOOKS=...      nbval on these notebooks alone
@@ -8,7 +8,7 @@ NOTEBOOKS ?= notebooks
 BIN := .venv/bin
 export PROFILE
 
-.PHONY: paper check test lab refresh models install clean
+.PHONY: paper check test lab refresh models archive install clean
 
 paper: install
 	$(BIN)/pytask $(ARGS)
@@ -34,6 +34,9 @@ refresh: paper
 models: install
 	$(BIN)/python models/real.py
 	$(BIN)/python models/news.py
+
+archive: install
+	$(BIN)/python paper/archive.py
 
 install: .venv/installed
 

@@ -1,6 +1,8 @@
 """The command line: `chassis fit` makes an adapter, `chassis run` executes a notebook with other parameters.
 
-Both check what they are given before any long work, and end with one sentence where it does not do.
+Both check what they are given before any long work, and end with one sentence where it does not do. The ranks of `fit`
+are ranks as they are; those of most notebooks are the studies', at width 2048, and are scaled to the width of the base
+(`as_reported.sizes`): `--rank 64` is 8 at width 256 and 2 at width 64.
 """
 
 import argparse
@@ -42,10 +44,10 @@ def _command(arguments: Sequence[str] | None) -> int:
     fitting.add_argument("base", help="folder or hub id of the frozen model")
     fitting.add_argument("expert", help="folder or hub id of the model to follow")
     fitting.add_argument("texts", help="text file, one text a line")
-    fitting.add_argument("--rank", type=int, help="of the adapter; chosen on held-out texts unless given")
+    fitting.add_argument("--rank", type=int, help="of the adapter, as it is; chosen on held-out texts unless given")
     fitting.add_argument("--out", default="adapter", help="folder to save the adapter in")
     running = commands.add_parser("run", help="execute one notebook: chassis run 21 --base path/to/model")
-    running.add_argument("notebook", help="its number or its name")
+    running.add_argument("notebook", help="its number or name; parameters follow, ranks as at width 2048")
     options, others = parser.parse_known_args(arguments)
     if options.command == "run":
         return _run(options.notebook, others)

@@ -333,11 +333,11 @@ def test_a_checkpoint_of_other_sizes_is_no_sibling_at_depth(model: LanguageModel
         Sibling(model, model).read([""])
 
 
-def test_the_readme_example_runs(
+def test_the_example_of_the_guide_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(from chassis_utils import load, fit_prompt.*?)```", readme, re.DOTALL)
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from chassis_utils import load, fit_prompt.*?)```", guide, re.DOTALL)
     (tmp_path / "questions.txt").write_text("\n".join(QUESTIONS), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(example.replace("path/to/an/instruction-tuned/base", str(MODELS / "port-llama")), {})
