@@ -54,10 +54,10 @@ def set_front(soup: BeautifulSoup) -> None:
     """Set the title above the abstract and the picture of the idea below it, which Typst leaves out of HTML."""
     title, _, subtitle = soup.title.string.partition(": ")
     named = f"<p><strong>{escape(title)}</strong><br>{escape(subtitle[0].upper() + subtitle[1:])}</p>"
-    picture = f'<p><img class="overview" src="overview.svg" alt="{OVERVIEW}" width="728" height="208"></p>'
+    picture = f'<img class="overview" src="overview.svg" alt="{OVERVIEW}" width="728" height="208">'
     abstract = soup.body.div
     abstract.insert_before(parsed(named), parsed('<p><a href="paper.pdf">The same as PDF</a></p>'))
-    abstract.insert_after(parsed(picture))
+    abstract.insert_after(parsed(f'<div class="scroll" tabindex="0">{picture}</div>'))
 
 
 def parsed(html: str) -> Tag:

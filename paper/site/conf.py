@@ -19,7 +19,9 @@ nb_execution_mode = "off"  # what is shown are the stored outputs
 myst_enable_extensions = ["dollarmath"]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = project
+html_favicon = "static/icon.svg"
 html_static_path = ["static"]
 html_css_files = ["typst.css", "site.css"]
 html_js_files = ["site.js"]
