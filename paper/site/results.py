@@ -75,7 +75,7 @@ def figure_html(figure: Result) -> tuple[str, str]:
         f'<figure class="result" id="{figure.anchor}"><a href="{figure.name}.png">{image_html(figure)}</a><figcaption>'
     )
     closing = f'<p class="provenance">{figure.made_by()} · {figure.downloads()}</p>'
-    return opening, f"{closing}</figcaption></figure>"
+    return opening, f"{closing}</figcaption></figure>\n"
 
 
 def read_cell(cell: str) -> str:
