@@ -1,4 +1,4 @@
-# paper · check · test · lab · refresh · models · archive · clean; each creates the environment first if it is not there.
+# paper · site · check · test · lab · refresh · models · archive · clean; each creates what it needs on first use.
 # make paper PROFILE=real      other models, see notebooks/profiles/
 # make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
 # make test NOTEBOOKS=...      nbval on these notebooks alone
@@ -8,10 +8,13 @@ NOTEBOOKS ?= notebooks
 BIN := .venv/bin
 export PROFILE
 
-.PHONY: paper check test lab refresh models archive install clean
+.PHONY: paper site check test lab refresh models archive install clean
 
 paper: install
 	$(BIN)/pytask $(ARGS)
+
+site: .venv/site
+	$(BIN)/python paper/site/build.py
 
 check: install
 	$(BIN)/python -m chassis_utils.paper.check
@@ -43,6 +46,10 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	python3 -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+.venv/site: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[site]'
 	touch $@
 
 clean:

@@ -50,7 +50,7 @@ if PROFILE in COMMITTED and (PAPER / "paper.typ").exists():
     written = {path for step in STEPS for path in step.writes[:-1]}
     stored = {
         path
-        for pattern in ("paper/*.typ", "paper/*.bib", "paper/*/**/*.*", "figures/**/*.*")
+        for pattern in ("paper/*.typ", "paper/*.bib", "paper/reported/*.*", "paper/tables/**/*.*", "figures/**/*.*")
         for path in ROOT.glob(pattern)
     }
 

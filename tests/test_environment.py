@@ -10,7 +10,8 @@ from packaging.utils import canonicalize_name
 from chassis_utils.files import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DIRECT = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+OPTIONAL = PROJECT["optional-dependencies"]
+DIRECT = [Requirement(line) for line in PROJECT["dependencies"] + OPTIONAL["dev"] + OPTIONAL["site"]]
 
 
 def pins(lines: list[str]) -> dict[str, str]:
