@@ -14,11 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Float64, Int, Shaped
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, norm
+from scipy.stats import t as student
 from torch import Tensor
 
 CACHED = 2**17  # logits whose float64 copies stay in a processor's cache
 DRAWS = 2000  # of a bootstrap
+ONE_ERROR = float(norm.cdf(1))  # how often a normal mean stays below the truth by less than its standard error
 FIGURES = ("kl", "kl_se", "base_kl", "gap_closed", "top1", "top5_overlap", "n_prompts")  # of an evaluation row
 
 
@@ -88,11 +90,12 @@ def standard_error(values: Float[Tensor, "n"], groups: Sequence[str] | None = No
 def clearly_lower(values: Float[Tensor, "n"], others: Float[Tensor, "n"], groups: Sequence[str] | None = None) -> bool:
     """Whether the mean of `values` is below that of `others` by more than the standard error of the difference.
 
-    The two belong to the same prompts, so the error is that of the paired differences; without
-    one, for a single prompt or group, nothing is clear.
+    The two belong to the same prompts, so the error is that of the paired differences; without one, for a single prompt
+    or group, nothing is clear. Of few groups the error is itself uncertain, so it is widened as Student's t asks.
     """
-    gain = others - values
-    return float(gain.mean()) > standard_error(gain, groups)
+    gain, count = others - values, len(values if groups is None else set(groups))
+    wider = float(student.ppf(ONE_ERROR, count - 1)) if count > 1 else math.nan
+    return float(gain.mean()) > wider * standard_error(gain, groups)
 
 
 def evaluation_row(

@@ -1,6 +1,7 @@
 """The committed tables say what the paper claims of them, and nothing that is committed was edited by hand."""
 
 import itertools
+import re
 
 import numpy as np
 import pandas as pd
@@ -32,6 +33,21 @@ def test_tables_notebooks_and_figures_agree() -> None:
 @pytest.mark.parametrize("name", ["paper", "details", "quantities"])
 def test_every_measured_number_of_the_paper_comes_from_a_table(name: str) -> None:
     assert literal_numbers((ROOT / "paper" / f"{name}.typ").read_text(encoding="utf-8")) == []
+
+
+def test_the_abstract_takes_its_numbers_from_the_verdicts() -> None:
+    source = (ROOT / "paper" / "paper.typ").read_text(encoding="utf-8")
+    abstract = source[source.index("*Abstract.*") : source.index("= Introduction")].partition("\n]")[0]
+    assert set(re.findall(r"#([\w-]+)", abstract)) == {"verdict"}
+    claims = set(table("verdicts")["claim"])
+    assert set(re.findall(r'#verdict\("([^"]+)"', abstract)) <= claims
+
+
+def test_every_figure_and_table_of_the_paper_is_referred_to() -> None:
+    source = "".join((ROOT / "paper" / f"{name}.typ").read_text(encoding="utf-8") for name in ("paper", "details"))
+    labels = re.findall(r"^(?:\)|.*\])\s*<([\w-]+)>$", source, re.MULTILINE)
+    assert len(labels) > 40
+    assert [label for label in labels if not re.search(rf"@{label}\b(?!-)", source)] == []
 
 
 @pytest.mark.parametrize("path", sorted(TABLES.rglob("*.csv")), ids=lambda path: path.stem)
