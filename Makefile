@@ -28,11 +28,13 @@ test: install
 	$(BIN)/pytest -n 2 --dist loadfile --nbval --nbval-cell-timeout=900 $(NOTEBOOKS)
 
 lab: install
-	cd notebooks && ../$(BIN)/jupyter lab
+	$(BIN)/jupyter lab notebooks/index.ipynb
 
 refresh: override PROFILE = micro
 refresh: paper
 	$(BIN)/python -m chassis_utils.paper.refresh
+	$(BIN)/jupyter execute --inplace notebooks/explore.ipynb
+	$(BIN)/python notebooks/tidy.py notebooks/explore.ipynb
 
 models: install
 	$(BIN)/python models/real.py

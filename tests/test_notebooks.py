@@ -3,6 +3,8 @@
 import ast
 import itertools
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -13,11 +15,12 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from chassis_utils.files import ROOT
-from chassis_utils.paper.notebook import Notebook, PlanError
+from chassis_utils.paper.notebook import Notebook, PlanError, numbered_notebooks
 from chassis_utils.paper.plan import plan
 from chassis_utils.paper.refresh import refresh
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+RESULTS = numbered_notebooks(ROOT)  # the others are a map and a place to play: no part of a run of the paper
 LONGEST, TYPICAL = 25, 6  # lines of a code cell: at most, and in the median
 WORDLESS = 0.3  # share of code cells that may directly follow another
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/<~})])/[a-z]\w*/[\w.-]+|\b[A-Z]:\\\w")
@@ -28,11 +31,14 @@ METADATA = {
 }
 
 
-def problems(notebook: NotebookNode) -> list[str]:
-    """What keeps a notebook from being run, checked and read as the others are; empty for a good one."""
+def problems(notebook: NotebookNode, result: bool = True) -> list[str]:
+    """What keeps a notebook from being run, checked and read as the others are; empty for a good one.
+
+    One that writes no result needs no parameters.
+    """
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     return [
-        *_parameter_problems(cells),
+        *(_parameter_problems(cells) if result else []),
         *_cell_problems(cells),
         *(problem for cell in cells for output in cell.outputs for problem in _output_problems(output)),
         *_metadata_problems(notebook),
@@ -49,6 +55,8 @@ def _parameter_problems(cells: list[NotebookNode]) -> list[str]:
 
 
 def _cell_problems(cells: list[NotebookNode]) -> list[str]:
+    if not cells:
+        return []
     found = []
     if [cell.execution_count for cell in cells] != list(range(1, len(cells) + 1)):
         found.append("cells were not run once each, in order")
@@ -80,7 +88,21 @@ def _metadata_problems(notebook: NotebookNode) -> list[str]:
 def test_notebook(path: Path) -> None:
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     nbformat.validate(notebook, version=4, version_minor=5)
-    assert problems(notebook) == []
+    assert problems(notebook, result=path in RESULTS) == []
+
+
+def test_a_result_begins_with_two_digits_and_nothing_else_is_run_for_the_paper() -> None:
+    assert [path.stem for path in NOTEBOOKS if not re.match(r"\d\d_", path.stem)] == ["explore", "index"]
+    assert [step.notebook for step in plan(ROOT, "micro")] == RESULTS == NOTEBOOKS[: len(RESULTS)]
+
+
+def test_the_map_leads_to_every_notebook_and_nowhere_else() -> None:
+    folder = ROOT / "notebooks"
+    text = "\n".join(cell.source for cell in nbformat.read(folder / "index.ipynb", as_version=4).cells)
+    places = re.findall(r"\]\((.*?)\)|(?:href|src)=\"(.*?)\"", text)
+    named = {(folder / (link or attribute)).resolve() for link, attribute in places}
+    assert [path for path in named if not path.is_file()] == []
+    assert {path for path in named if path.suffix == ".ipynb"} == {*NOTEBOOKS} - {folder / "index.ipynb"}
 
 
 def test_a_reader_gets_a_word_between_cells_of_code() -> None:
@@ -90,7 +112,7 @@ def test_a_reader_gets_a_word_between_cells_of_code() -> None:
     assert directly <= WORDLESS * sum(row.count("code") for row in kinds)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_parameters_are_typed_literals(path: Path) -> None:
     assert Notebook.read(path).parameters
 
@@ -108,7 +130,7 @@ def test_profile_fits_the_notebooks(profile: str) -> None:
         with pytest.raises(PlanError, match=r"'build/models/.*', run `make models` first"):
             plan(ROOT, profile)
     else:
-        assert len(plan(ROOT, profile)) == len(NOTEBOOKS)
+        assert len(plan(ROOT, profile)) == len(RESULTS)
 
 
 def good_notebook() -> NotebookNode:
@@ -180,3 +202,17 @@ def test_refresh_takes_outputs_from_the_run_and_nothing_else(tmp_path: Path) -> 
     assert problems(refreshed) == []
     assert [cell.id for cell in refreshed.cells] == [cell.id for cell in notebook.cells]
     assert refreshed.cells[1].metadata == {"tags": ["kept"]}
+
+
+def test_tidying_drops_what_a_run_by_hand_leaves_and_keeps_outputs(tmp_path: Path) -> None:
+    notebook, path = good_notebook(), tmp_path / "by_hand.ipynb"
+    tidied, shown = nbformat.writes(notebook) + "\n", notebook.cells[1].outputs.copy()
+    notebook.metadata["language_info"] = {"name": "python", "version": "3.11.9"}
+    notebook.cells[1].metadata = {"execution": {"iopub.status.busy": "2026-01-31"}, "collapsed": True}
+    view = new_output("display_data", data={"application/vnd.jupyter.widget-view+json": {"model_id": "a"}})
+    notebook.cells[1].outputs = [*shown, view]
+    nbformat.write(notebook, path)
+    for printed in (f"tidied {path}\n", ""):  # a second time there is nothing left to do
+        command = [sys.executable, ROOT / "notebooks" / "tidy.py", path]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == printed
+        assert path.read_text(encoding="utf-8") == tidied

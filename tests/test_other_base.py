@@ -9,7 +9,7 @@ import pytest
 from claims import CLAIMS
 
 from chassis_utils.files import BUILD, ROOT
-from chassis_utils.paper.notebook import Notebook
+from chassis_utils.paper.notebook import Notebook, numbered_notebooks
 
 STORIES = ROOT.parent / "shared" / "models" / "stories260K"
 RANK = 2  # of the expert on a base of width 64
@@ -26,7 +26,7 @@ SMALL |= {
 }
 BASE = {"base": str(STORIES), "fft_base": str(STORIES)}
 SIBLING = {"sibling": str(STORIES.parent / "llama2xs"), "n_train": 800}  # questions enough to hold some out of a third
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = numbered_notebooks(ROOT)
 PROFILE = "test-stories260k"  # results go where a profile's do, so that one notebook finds another's tables
 
 
