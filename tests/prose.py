@@ -17,7 +17,13 @@ CLOSING = {"(": ")", "{": "}", "[": "]"}
 NUMBER = re.compile(r"(?<![\w.])\d[\d.,]*(?<![.,])(?:e-?\d+)?")
 DECIMAL = re.compile(r"(?<![<>*+-] )(?<![<>]= )(?<!-)(?<![\w.])(?:\d+\.\d+(?:e-?\d+)?|\d+e-?\d+)(?!\d|%|em|pt|mm)")
 SETTINGS = (  # of the studies and of our runs, names and definitions: what no run measures
-    *(r"Llama-2-7B", r"top-[15]", r"(from )?ranks? \d+( to \d+|, \d+ and \d+)?", r"output of zero errs by 1"),
+    *(
+        r"Llama-2-7B",
+        r"top-[15]",
+        r"95 percent intervals?",
+        r"(from )?ranks? \d+( to \d+|, \d+ and \d+)?",
+        r"output of zero errs by 1",
+    ),
     *(r"layers \d+(, \d+)? and \d+( of \d+)?", r"2048 of 32 000 tokens", r"0\.1 nats unless a table says otherwise"),
     *(
         r"at rate 0\.01, in 50 passes over 1024 prompts",

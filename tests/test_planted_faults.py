@@ -80,7 +80,7 @@ EDITS = {  # what is edited by hand -> the file, and how
     "provenance": ("paper/tables/port.json", swap('"content": "..', '"content": "zz')),
     "a header": ("paper/tables/port.json", swap("KL \\(nats\\)", "KL (bits)")),
     "what was reported": ("paper/reported/bridge.csv", swap(r"\d", "7")),
-    "the description of a figure": ("figures/port.json", swap("KL of base", "KL of the base")),
+    "the description of a figure": ("figures/port.json", swap("KL to each", "KL to every")),
     "a stored picture": ("notebooks/50_port.ipynb", picture),
     "a claim in a notebook": ("notebooks/50_port.ipynb", swap("are followed exactly", "are missed")),
     "a verdict": ("notebooks/50_port.ipynb", swap(r"bit-identical to those", "different from those")),
