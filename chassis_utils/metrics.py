@@ -155,13 +155,19 @@ class Reference:
         return _kl(self._known, adapted)
 
     def row(
-        self, adapted: Shaped[Tensor, "n vocab"], kl: Float[Tensor, "n"] | None = None, **keys: object
+        self,
+        adapted: Shaped[Tensor, "n vocab"],
+        kl: Float[Tensor, "n"] | None = None,
+        interval: bool = False,
+        **keys: object,
     ) -> dict[str, object]:
-        """The evaluation row of `adapted` logits behind `keys`; `kl` where it is known."""
+        """The evaluation row of `adapted` logits behind `keys`; `kl` where it is known, `interval` for its ends too."""
+        kl = self.kl(adapted) if kl is None else kl
+        keys |= self.gap_interval(kl) if interval else {}
         top = adapted.topk(5).indices
         top1 = float((top[:, 0] == self._top[:, 0]).double().mean())
         overlap = float((top[:, :, None] == self._top[:, None]).any(-1).double().mean())
-        return evaluation_row(self.kl(adapted) if kl is None else kl, self.base_kl, top1, overlap, self.groups, **keys)
+        return evaluation_row(kl, self.base_kl, top1, overlap, self.groups, **keys)
 
     def gap_interval(self, kl: Float64[Tensor, "n"]) -> dict[str, float]:
         """Ends of the 95 percent interval of the share that prompts of this `kl` close; `ValueError` without a base.
