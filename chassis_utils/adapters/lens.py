@@ -4,17 +4,26 @@ For an expert that shares the base's head, logits are linear in its last state, 
 from h_l to the logits and ridge from h_l to that state give the same lens; the second needs
 d x d systems in place of d x V. At the last layer the edit h_e - h is fitted instead: then
 the ridge shrinks toward the untouched base (plus the mean edit), not toward the mean state.
+
+`read_moments` gathers what the lenses of all layers need in one pass, in memory that does not grow with the number of
+texts, and shared between the processes of `torch.distributed` where several run.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float64, Shaped
 from torch import Tensor
+from tqdm import tqdm
 
-from chassis_utils.linalg.moments import Moments, by_fold, merge
+from chassis_utils.limits import require_memory
+from chassis_utils.linalg.moments import Moments, by_fold, merge, processes
 from chassis_utils.linalg.regression import LinearMap, choose_penalty, ridge
-from chassis_utils.lm.model import Head
+from chassis_utils.lm.forward import batches, encode, layer_states, pad
+from chassis_utils.lm.model import Head, LanguageModel
+
+WAITING = 512  # states of each layer that are held until they are added to the moments
 
 
 @dataclass(frozen=True)
@@ -51,3 +60,47 @@ def fit_lens(
     if penalty is None:
         penalty, _ = choose_penalty(folds, metric)
     return Lens(ridge(merge(folds), penalty), edit, penalty)
+
+
+def read_moments(
+    base: LanguageModel, expert: LanguageModel, texts: Sequence[str], folds: Sequence[int]
+) -> list[list[Moments]]:
+    """Moments [layer][fold] from the base's states at the texts' last tokens to the expert's last states there.
+
+    Layers 0 to `depth` in one pass of each model (one pass in all where the two are the same). Of several processes
+    each reads its share, and all return the sums. Raises `ValueError` for texts that either cannot read and folds that
+    are not one for each text, `MemoryError` where the moments do not fit.
+    """
+    if len(folds) != len(texts):
+        raise ValueError(f"{len(folds)} folds for {len(texts)} texts: give one for each text")
+    ids, (process, count) = encode(base, texts), processes()
+    size = (base.depth + 1) * len(set(folds)) * 8 * (base.width + expert.width) ** 2
+    require_memory(size, f"moments of {base.depth + 1} layers and {len(set(folds))} folds", "use fewer folds")
+    parts = [
+        _moments_of(base, expert, [row for row, own in zip(ids, folds, strict=True) if own == fold][process::count])
+        for fold in sorted(set(folds))
+    ]
+    return [[part.over_processes() for part in layer] for layer in zip(*parts, strict=True)]
+
+
+@torch.inference_mode()
+def _moments_of(base: LanguageModel, expert: LanguageModel, ids: list[list[int]]) -> list[Moments]:
+    """The moments of each layer; the states of `WAITING` texts are held at most, beside those of a batch."""
+    nothing = torch.zeros(0, base.width), torch.zeros(0, expert.width)
+    sums, waiting = [Moments.of(*nothing)] * (base.depth + 1), list[tuple[Tensor, Tensor]]()
+    planned = list(batches(ids)) if ids else []
+    for number, batch in enumerate(tqdm(planned, desc=f"moments of {base.name}", disable=None, leave=False), start=1):
+        rows = [ids[k] for k in batch]
+        own = _last_tokens(base, rows)
+        waiting.append((own, own[-1] if expert is base else _last_tokens(expert, rows)[-1]))
+        if sum(len(target) for _, target in waiting) >= WAITING or number == len(planned):
+            states, targets = (torch.cat(part, dim=-2) for part in zip(*waiting, strict=True))
+            sums = [total + Moments.of(h, targets) for total, h in zip(sums, states, strict=True)]
+            waiting = []
+    return sums
+
+
+def _last_tokens(model: LanguageModel, rows: list[list[int]]) -> Shaped[Tensor, "layers n d"]:
+    ids, mask = pad(rows, model.device)
+    states = layer_states(model, ids, attention_mask=mask, use_cache=False)
+    return torch.stack([state[torch.arange(len(rows)), mask.sum(1) - 1] for state in states]).cpu()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float64, Int64, Shaped
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Moments:
     def __sub__(self, other: "Moments") -> "Moments":
         return Moments(*(a - b for a, b in zip(self._parts(), other._parts(), strict=True)))
 
+    def over_processes(self) -> "Moments":
+        """The sum over the processes of `torch.distributed`, the same in each; itself where there is but one."""
+        for part in self._parts() if processes()[1] > 1 else ():
+            distributed.all_reduce(part)
+        return self
+
     def _parts(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
@@ -69,6 +75,12 @@ class Moments:
     def yy_centred(self) -> Float64[Tensor, "d_y d_y"]:
         """Gram matrix of the centred targets."""
         return self.yy - torch.outer(self.y_sum, self.y_mean)
+
+
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are: of `torch.distributed` where it runs, else 0 of 1."""
+    running = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if running else (0, 1)
 
 
 def bad_rows(rows: Shaped[Tensor, "n d"]) -> Int64[Tensor, "k"]:
