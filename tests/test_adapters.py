@@ -138,7 +138,7 @@ def test_the_fit_from_a_stream_is_the_fit_from_all_at_once(seed: int, batch: int
     metric = metric_of(head, head(h + edit))
     whole = [Moments.of(h[k::4], edit[k::4]) for k in range(4)]
     streamed, at_once = (
-        fit_moments(folds, head, metric).at(rank).edit(h) for folds in (by_fold(h, edit, FOLDS, batch), whole)
+        fit_moments(folds, head, metric).at(rank).edit(h) for folds in (by_fold(h, edit, FOLDS, batch=batch), whole)
     )
     torch.testing.assert_close(streamed, at_once, rtol=1e-6, atol=1e-6)
 

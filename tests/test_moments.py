@@ -22,7 +22,7 @@ def assert_same(a: Moments, b: Moments, rtol: float = 1e-12) -> None:
 @given(seeds, st.integers(1, 50))
 def test_streaming_in_batches_gives_the_moments_of_all(seed: int, batch: int) -> None:
     x, y = regression_data(seed)
-    (streamed,) = by_fold(x, y, [0] * len(x), batch)
+    (streamed,) = by_fold(x, y, [0] * len(x), batch=batch)
     assert_same(streamed, Moments.of(x, y))
 
 

@@ -44,10 +44,14 @@ class Lens:
 
 
 def lens_moments(
-    h: Shaped[Tensor, "n d"], target: Shaped[Tensor, "n d"], folds: Sequence[int], edit: bool = False
+    h: Shaped[Tensor, "n d"],
+    target: Shaped[Tensor, "n d"],
+    folds: Sequence[int],
+    edit: bool = False,
+    like: Sequence[Moments] | None = None,
 ) -> list[Moments]:
-    """Per-fold moments of a lens from `h` to `target` states, or to the edit `target - h`."""
-    return by_fold(h, target.double() - h.double() if edit else target, folds)
+    """Per-fold moments of a lens from `h` to `target` states, or to the edit `target - h`; `like` as of `by_fold`."""
+    return by_fold(h, target.double() - h.double() if edit else target, folds, like)
 
 
 def fit_lens(
@@ -68,16 +72,17 @@ def read_moments(
     """Moments [layer][fold] from the base's states at the texts' last tokens to the expert's last states there.
 
     Layers 0 to `depth` in one pass of each model (one pass in all where the two are the same). Of several processes
-    each reads its share, and all return the sums. Raises `ValueError` for texts that either cannot read and folds that
-    are not one for each text, `MemoryError` where the moments do not fit.
+    each reads its share of the batches, which are those of one process, and all return the sums. Raises `ValueError`
+    for texts that either model cannot read and folds that are not one for each text, `MemoryError` where the moments
+    do not fit.
     """
     if len(folds) != len(texts):
         raise ValueError(f"{len(folds)} folds for {len(texts)} texts: give one for each text")
-    ids, (process, count) = encode(base, texts), processes()
+    ids = encode(base, texts)
     size = (base.depth + 1) * len(set(folds)) * 8 * (base.width + expert.width) ** 2
     require_memory(size, f"moments of {base.depth + 1} layers and {len(set(folds))} folds", "use fewer folds")
     parts = [
-        _moments_of(base, expert, [row for row, own in zip(ids, folds, strict=True) if own == fold][process::count])
+        _moments_of(base, expert, [row for row, own in zip(ids, folds, strict=True) if own == fold])
         for fold in sorted(set(folds))
     ]
     return [[part.over_processes() for part in layer] for layer in zip(*parts, strict=True)]
@@ -85,17 +90,18 @@ def read_moments(
 
 @torch.inference_mode()
 def _moments_of(base: LanguageModel, expert: LanguageModel, ids: list[list[int]]) -> list[Moments]:
-    """The moments of each layer; the states of `WAITING` texts are held at most, beside those of a batch."""
-    nothing = torch.zeros(0, base.width), torch.zeros(0, expert.width)
+    """This process's moments of each layer; it holds the states of `WAITING` texts at most, beside those of a batch."""
+    nothing, (process, count) = (torch.zeros(0, base.width), torch.zeros(0, expert.width)), processes()
     sums, waiting = [Moments.of(*nothing)] * (base.depth + 1), list[tuple[Tensor, Tensor]]()
-    planned = list(batches(ids)) if ids else []
+    planned = list(batches(ids))[process::count]
     for number, batch in enumerate(tqdm(planned, desc=f"moments of {base.name}", disable=None, leave=False), start=1):
         rows = [ids[k] for k in batch]
         own = _last_tokens(base, rows)
         waiting.append((own, own[-1] if expert is base else _last_tokens(expert, rows)[-1]))
         if sum(len(target) for _, target in waiting) >= WAITING or number == len(planned):
             states, targets = (torch.cat(part, dim=-2) for part in zip(*waiting, strict=True))
-            sums = [total + Moments.of(h, targets) for total, h in zip(sums, states, strict=True)]
+            yy = targets.double().T @ targets.double()
+            sums = [total + Moments.of(h, targets, yy) for total, h in zip(sums, states, strict=True)]
             waiting = []
     return sums
 

@@ -37,7 +37,7 @@ def fastest_path(tokens: int, block_size: int, dtype: torch.dtype) -> ProductPat
     float64 has no fast complex matrix products in torch. Gauss saves products and adds rows to E and Q, which
     cost more the larger the block.
     """
-    if 0 < tokens <= FEW_TOKENS and block_size >= 128:
+    if 0 < tokens <= FEW_TOKENS and block_size >= 256:
         return "pointwise"
     if tokens >= 8 and block_size >= 64 and dtype == torch.float32:
         return "fft"

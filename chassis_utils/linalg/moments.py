@@ -7,7 +7,7 @@ is one subtraction. Memory: d_x^2 + d_x d_y + d_y^2 numbers, whatever n; cost: n
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float64, Int64, Shaped
@@ -26,15 +26,17 @@ class Moments:
     yy: Float64[Tensor, "d_y d_y"]
 
     @classmethod
-    def of(cls, x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"]) -> "Moments":
-        """The moments of one batch; `ValueError` where a row holds NaN or infinity."""
+    def of(
+        cls, x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"], yy: Float64[Tensor, "d_y d_y"] | None = None
+    ) -> "Moments":
+        """The moments of one batch, `yy` where it is known; `ValueError` where a row holds NaN or infinity."""
         for name, rows in (("inputs", x), ("targets", y)):
             bad = bad_rows(rows)
             if len(bad):
                 raise ValueError(f"row {int(bad[0])} of the {name} is not finite: look at that prompt's states")
         x, y = x.double(), y.double()
         n = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
-        return cls(n, x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.T @ y)
+        return cls(n, x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.T @ y if yy is None else yy)
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(*(a + b for a, b in zip(self._parts(), other._parts(), strict=True)))
@@ -99,12 +101,21 @@ def merge(parts: Iterable[Moments]) -> Moments:
 
 
 def by_fold(
-    x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"], folds: Sequence[int], batch: int = 4096
+    x: Shaped[Tensor, "n d_x"],
+    y: Shaped[Tensor, "n d_y"],
+    folds: Sequence[int],
+    like: Sequence["Moments"] | None = None,
+    batch: int = 1024,
 ) -> list[Moments]:
-    """One `Moments` per fold, in the order of their numbers, streamed in batches; `folds` gives each row's fold."""
+    """One `Moments` per fold, in the order of their numbers, streamed in batches; `folds` gives each row's fold.
+
+    `like`: what this has given for other inputs and the same targets, a third of which is then not computed again.
+    """
     labels = torch.as_tensor(folds, device=x.device)
     parts = []
-    for fold in labels.unique().tolist():
+    for number, fold in enumerate(labels.unique().tolist()):
         rows = (labels == fold).nonzero().flatten()
-        parts.append(merge(Moments.of(x[part], y[part]) for part in rows.split(batch)))
+        known = None if like is None else torch.zeros_like(like[number].yy)
+        part = merge(Moments.of(x[some], y[some], known) for some in rows.split(batch))
+        parts.append(part if like is None else replace(part, yy=like[number].yy))
     return parts

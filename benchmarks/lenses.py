@@ -1,0 +1,125 @@
+"""The lenses of all layers: a transcription of the CHASSIS study's script against the closed form of this package.
+
+    python benchmarks/lenses.py --width 2048 --vocabulary 32000 --samples 4096 --layers 23
+
+Both see the same states, drawn with the spectrum of a language model's (eigenvalues falling as k^-1.5), and the same
+synthetic expert; the forward passes, which the study's scripts make anew for each step, are left out, to the scripts'
+advantage. The script solves a d x d system against all columns of the vocabulary, in float32, from stored logits; the
+package solves it against the d coordinates of the expert's state, in float64, from moments. `chosen` is the package's
+default, with the penalty of each layer chosen on five folds. Seconds are those of fitting; KL is the mean over the
+layers on samples that no fit saw. With `--growth` each size is halved in turn.
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from measure import Clock, apart, report
+from scripts import ridge
+from torch import Tensor
+
+from chassis_utils.adapters.lens import fit_lens, lens_moments
+from chassis_utils.as_reported.adapters import RIDGE
+from chassis_utils.lm.model import Head
+from chassis_utils.metrics import kl_divergence
+
+DECAY = 0.75  # of the states' standard deviations with the number of their coordinate
+RANK, EDIT = 64, 0.02  # of the synthetic expert: its rank, and the size of its entries
+TESTED = 512  # samples that no lens is fitted to
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class World:
+    """States of every layer of an imagined model, its head, and an expert; the sizes alone decide them."""
+
+    width: int
+    vocabulary: int
+    samples: int
+    layers: int  # the embeddings count as one
+
+    @cached_property
+    def head(self) -> Head:
+        """Logits of a spread that language models have."""
+        rows = torch.randn(self.vocabulary, self.width, generator=_seeded(0))
+        return Head(rows.mul_(3 / float(self._scales.norm())))
+
+    @cached_property
+    def _scales(self) -> Tensor:
+        scales = torch.arange(1, self.width + 1) ** -DECAY
+        return scales * (self.width / scales.square().sum()).sqrt()
+
+    def states(self, layer: int, test: bool = False) -> Tensor:
+        """States [n, width] of one layer: the last ones, seen the less the earlier the layer."""
+        count, share = TESTED if test else self.samples, (layer + 1) / self.layers
+        last, own = (torch.randn(count, self.width, generator=_seeded(2 * k + test + 1)) for k in (0, layer + 1))
+        return (share**0.5 * last + (1 - share) ** 0.5 * own) * self._scales
+
+    def target(self, test: bool = False) -> Tensor:
+        """The expert's last states: the base's, edited."""
+        h = self.states(self.layers - 1, test)
+        u, v = torch.randn(2, self.width, min(RANK, self.width), generator=_seeded(10**6)) * EDIT
+        return h + (h @ u) @ v.T
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def script(world: World) -> Mapping[str, Any]:
+    """The study's: states of all layers and logits of all samples held, float32, one solve for each layer."""
+    states = [world.states(layer) for layer in range(world.layers)]
+    tested = [world.states(layer, test=True) for layer in range(world.layers)]
+    logits, expert = world.head(world.target()), world.head(world.target(test=True))
+    clock, divergences = Clock(), []
+    for h, unseen in zip(states, tested, strict=True):
+        with clock.running():
+            weight, bias = ridge(h, logits)
+        divergences.append(float(kl_divergence(expert, unseen @ weight + bias).mean()))
+    return {"seconds": clock.seconds, "kl": sum(divergences) / len(divergences)}
+
+
+def closed_form(world: World, penalty: float | None) -> Mapping[str, Any]:
+    """The package's: one layer at a time, its states forgotten once its moments are known."""
+    target, expert = world.target(), world.head(world.target(test=True))
+    folds = [k % FOLDS for k in range(world.samples)] if penalty is None else [0] * world.samples
+    clock, divergences, moments = Clock(), [], None
+    for layer in range(world.layers):
+        h = world.states(layer)
+        with clock.running():
+            moments = lens_moments(h, target, folds, like=moments)
+            lens = fit_lens(moments, penalty=penalty)
+        logits = lens.logits(world.states(layer, test=True), world.head)
+        divergences.append(float(kl_divergence(expert, logits).mean()))
+    return {"seconds": clock.seconds, "kl": sum(divergences) / len(divergences)}
+
+
+def compare(world: World, threads: int, chosen: bool) -> None:
+    """The rows of one size."""
+    sizes = {**asdict(world), "threads": threads}
+    theirs = apart(script, threads, world)
+    report("lenses", "study's script", theirs["seconds"], **sizes, **theirs)
+    for peer, penalty in {"closed form": RIDGE, "closed form, penalty chosen": None}.items():
+        if penalty is not None or chosen:
+            report("lenses", peer, theirs["seconds"], **sizes, **apart(closed_form, threads, world, penalty))
+
+
+def main() -> None:
+    """Compare, and print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in {"width": 2048, "vocabulary": 32000, "samples": 4096, "layers": 23, "threads": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--growth", action="store_true", help="also with each size halved in turn")
+    given = vars(parser.parse_args())
+    growth, threads = given.pop("growth"), given.pop("threads")
+    world = World(**given)
+    compare(world, threads, chosen=True)
+    for name, value in given.items() if growth else ():
+        compare(replace(world, **{name: max(2, value // 2)}), threads, chosen=False)
+
+
+if __name__ == "__main__":
+    main()
