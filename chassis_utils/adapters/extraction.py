@@ -105,7 +105,7 @@ def _grams(
 
     with ExitStack() as hooks:
         for path in paths:
-            hooks.callback(model.network.get_submodule(path).register_forward_pre_hook(note(path)).remove)
+            hooks.enter_context(model.network.get_submodule(path).register_forward_pre_hook(note(path)))
         for batch in batches(rows):
             ids, mask = pad([rows[k] for k in batch], model.device)
             now.update(real=mask.bool(), input=None)

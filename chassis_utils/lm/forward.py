@@ -108,7 +108,7 @@ def layer_states(model: LanguageModel, ids: Int[Tensor, "n t"], **inputs: Any) -
 
     with ExitStack() as hooks:
         for block in model.blocks:
-            hooks.callback(block.register_forward_pre_hook(record, prepend=True).remove)
+            hooks.enter_context(block.register_forward_pre_hook(record, prepend=True))
         last = model.body(ids, **inputs).last_hidden_state
     return [*states, last]
 

@@ -108,7 +108,7 @@ class Prefixes:
             with ExitStack() as hooks:
                 for block in self.model.blocks:
                     note = block.register_forward_hook(lambda _, __, output, noted=returned: noted.append(output))
-                    hooks.callback(note.remove)
+                    hooks.enter_context(note)
                 passes.append((_run(self.model, batch), returned))
         return passes
 
@@ -183,8 +183,5 @@ def _edited(model: LanguageModel, layer: int, edit: Edit, rows: list[int]) -> It
         change = (edit[rows] if isinstance(edit, Tensor) else edit(h[:, -1].cpu())).to(h)
         return (torch.cat([h[:, :-1], h[:, -1:] + change[:, None]], dim=1), *inputs[1:])
 
-    hook = model.blocks[layer].register_forward_pre_hook(before)
-    try:
+    with model.blocks[layer].register_forward_pre_hook(before):
         yield
-    finally:
-        hook.remove()
