@@ -16,7 +16,7 @@ from chassis_utils.bridge.bridge import Bridge
 from chassis_utils.bridge.look_ahead import Continuations, look_ahead
 from chassis_utils.lm.forward import prefixes
 from chassis_utils.lm.model import LanguageModel
-from chassis_utils.lm.states import last_states
+from chassis_utils.lm.states import Positions, last_states
 
 FLOOR = 1e-3  # the base's share of a bridged distribution, so that no token is impossible
 
@@ -40,9 +40,7 @@ class BridgedExpert:
     bridge: Bridge
     calls: int = 0
 
-    def logits(
-        self, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
-    ) -> Float[Tensor, "n vocab"]:
+    def logits(self, texts: Sequence[str], positions: Positions = None) -> Float[Tensor, "n vocab"]:
         """Logarithms of the bridged probabilities above the floor; `ValueError` as of `states.collect`."""
         prompts = texts if positions is None else prefixes(self.base, texts, positions)
         if self.calls:
