@@ -101,10 +101,8 @@ class PairedForward:
         inside = self._inside(before)
         for batch in self._batches:
             as_it_is = batch.as_it_is or self._through(batch, batch.untouched)
-            if inside or batch.replaced is not batch.untouched:
-                batch.replaced = self._through(batch, batch.replaced, inside).states
-            else:
-                batch.replaced = as_it_is.states
+            apart = inside or batch.replaced is not batch.untouched
+            batch.replaced = (self._through(batch, batch.replaced, inside) if apart else as_it_is).states
             batch.untouched = as_it_is.states
             batch.as_it_is, batch.as_replaced = None, None
         self.layer += 1
