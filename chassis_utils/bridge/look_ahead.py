@@ -46,15 +46,6 @@ class Bridged:
         """Mass of the text before which the base would have cut the context otherwise."""
         return float(self.remerged.sum())
 
-    @property
-    def conditional(self) -> Float64[Tensor, "v"]:
-        """What q is given that the context keeps its tokens: the factors of the probability of a token sequence.
-
-        NaN where it never does.
-        """
-        others = self.q - self.remerged
-        return others / others.sum()
-
 
 def look_ahead(bridge: Bridge, expert: NextToken, text: str, calls: int = 16, delta: float = 1e-3) -> Bridged:
     """The base's distribution behind `text`, after asking the expert what follows up to `calls` texts.
