@@ -117,15 +117,9 @@ def _run(model: LanguageModel, batch: _Batch) -> list[Shaped[Tensor, "n left d"]
     """The states of all layers under the hooks that are in place; the cache holds the prefixes alone again."""
     try:
         return layer_states(model, batch.unread, **batch.inputs)
-    finally:
-        _restore(batch)
-
-
-def _restore(batch: _Batch) -> None:
-    """Cut the cache back to the prefixes, also where an edit failed halfway through the blocks."""
-    prefix = batch.mask.shape[1] - 1
-    for layer in batch.cache.layers if batch.cache else ():
-        layer.crop(min(0, prefix - layer.get_seq_length()))
+    finally:  # also where an edit failed halfway through the blocks
+        for layer in batch.cache.layers if batch.cache else ():
+            layer.crop(min(0, batch.mask.shape[1] - 1 - layer.get_seq_length()))
 
 
 @torch.inference_mode()
