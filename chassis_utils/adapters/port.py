@@ -199,8 +199,7 @@ class Port:
         used = [name for name in rows if name is not None]
         for name in used:
             self._check_name(name)
-        nothing = _Plugged({}, {})
-        plugged = [nothing if name is None else self._plugged[name] for name in rows]
+        plugged = [_Plugged({}, {}) if name is None else self._plugged[name] for name in rows]
         state, vocabulary = (Mixture.of([one.edits.get(space) for one in plugged]) for space in ("state", "vocabulary"))
         layers = {layer for one in plugged for layer in one.middle}
         middle = {layer: Mixture.of([one.middle.get(layer) for one in plugged]) for layer in sorted(layers)}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,12 +45,9 @@ class BridgedExpert:
         prompts = texts if positions is None else prefixes(self.base, texts, positions)
         if self.calls:
             bar = tqdm(prompts, desc=f"bridge from {self.model.name}", disable=None, leave=False)
-            q = torch.stack([self._ahead(prompt) for prompt in bar])
+            q = torch.stack([look_ahead(self.bridge, Continuations(self.model, x), x, self.calls).q for x in bar])
         else:
             p = self.model.head(last_states(self.model, prompts)).softmax(-1)
             q = self.bridge.one_step(p)[0].double()
         own = self.base.head(last_states(self.base, texts, positions)).softmax(-1, dtype=torch.float64)
         return ((1 - FLOOR) * q + FLOOR * own).log().float()
-
-    def _ahead(self, prompt: str) -> Float64[Tensor, "vocab"]:
-        return look_ahead(self.bridge, Continuations(self.model, prompt), prompt, self.calls).q
