@@ -36,7 +36,7 @@ class Examples:
     h: Shaped[Tensor, "n d"]
     logits: Shaped[Tensor, "n vocab"]
     groups: Sequence[str] | None = None  # prompts of one template or document are not independent
-    _products: dict[str, Tensor] = field(default_factory=dict)  # by the fingerprint of a head
+    _products: dict[str, Tensor] = field(default_factory=dict, init=False)  # by the fingerprint of a head
 
     @cached_property
     def reference(self) -> Reference:

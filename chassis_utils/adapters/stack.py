@@ -50,7 +50,7 @@ class Task:
     folds: Sequence[int]  # of each prompt; every third one judges lengths and is left out of the fits judged
     metric: Float64[Tensor, "d d"]
     responses: Mapping[int, Float64[Tensor, "d d"]]  # of the last state to each middle layer
-    _first: dict[tuple[int, int], list[tuple[dict[int, Adapter], Tensor]]] = field(default_factory=dict)
+    _first: dict[tuple[int, int], list[tuple[dict[int, Adapter], Tensor]]] = field(default_factory=dict, init=False)
 
     @cached_property
     def start(self) -> tuple[Float[Tensor, "layers n d"], float]:
