@@ -86,13 +86,12 @@ def cached(path: Path, make: Callable[[], bytes]) -> bytes:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire()
+        lock = FileLock(path.with_suffix(".lock")).acquire()
     except OSError as error:
         raise OSError(
             f"the cache {str(path.parent)!r} cannot be written ({error.strerror}): make it a folder that can be"
         ) from error
-    try:
+    with lock:
         payload = _read_checked(path)
         if payload is None:
             payload = make()
@@ -101,8 +100,6 @@ def cached(path: Path, make: Callable[[], bytes]) -> bytes:
                 f"make room where {str(path.parent)!r} lies, or make it a folder that can be written",
             )
         return payload
-    finally:
-        lock.release()
 
 
 def _read_checked(path: Path) -> bytes | None:

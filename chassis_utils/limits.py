@@ -17,13 +17,8 @@ def require_memory(size: int, purpose: str, remedy: str) -> None:
 def require_disk(size: int, folder: Path, purpose: str) -> None:
     """Raise `OSError` unless `size` bytes and a reserve are free where `folder` lies."""
     folder.mkdir(parents=True, exist_ok=True)
-    _require(
-        size,
-        shutil.disk_usage(folder).free,
-        OSError,
-        f"of disk for {purpose}",
-        "remove build/cache or use fewer prompts",
-    )
+    free, remedy = shutil.disk_usage(folder).free, "remove build/cache or use fewer prompts"
+    _require(size, free, OSError, f"of disk for {purpose}", remedy)
 
 
 def _require(size: int, free: int, error: type[OSError | MemoryError], what: str, remedy: str) -> None:

@@ -186,8 +186,8 @@ def test_a_constant_shift_of_the_logits_is_exact_at_rank_0_with_the_intercept_an
     shift[normal(seed + 5, VOCABULARY).topk(8).indices] = 4.0  # as in the study's logit-bias expert
     expert = head(h) + shift
     edits, intercept = state_edits(expert - head(h), head, expert.softmax(-1).mean(0))
-    path = fit_moments(by_fold(h, edits, FOLDS), head, metric_of(head, expert), penalty=1.0).path
-    exact, without = Adapter.from_path(path, 0, head, intercept), Adapter.from_path(path, 0, head)
+    moments, metric = by_fold(h, edits, FOLDS), metric_of(head, expert)
+    exact, without = (fit_moments(moments, head, metric, 1.0, constant).at(0) for constant in (intercept, None))
     assert float(kl_divergence(expert, exact.logits(h, head)).max()) < 1e-10
     assert float(kl_divergence(expert, without.logits(h, head)).mean()) > 1e-8
     assert exact.parameters == WIDTH + VOCABULARY
@@ -202,8 +202,8 @@ def test_changes_of_the_product_are_split_into_edits_and_an_intercept(seed: int,
     p = normal(seed + 9, VOCABULARY).softmax(-1)
     edits, intercept = state_edits(delta, head, p)
     torch.testing.assert_close(edits - edits.mean(0), edit - edit.mean(0), rtol=1e-6, atol=1e-6)
-    path = fit_moments(by_fold(h, edits, FOLDS), head, vocabulary_metric(head.weight, p), 0.0).path
-    adapted = Adapter.from_path(path, rank, head, intercept).logits(h, head)
+    path = fit_moments(by_fold(h, edits, FOLDS), head, vocabulary_metric(head.weight, p), 0.0, intercept)
+    adapted = path.at(rank).logits(h, head)
     expert = head.finish(head.product(h) + edit @ head.weight.T + constant)
     if kind in ("plain", "bias", "scale"):  # then what softmax ignores is ignored behind the head too
         assert float(kl_divergence(expert, adapted).max()) < 1e-9

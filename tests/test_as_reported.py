@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import regression_data, seeds
 
-from chassis_utils.adapters.adapter import Adapter
-from chassis_utils.adapters.fit import fit_moments
+from chassis_utils.adapters.fit import AdapterPath, fit_moments
 from chassis_utils.adapters.refine import Examples, by_adam
 from chassis_utils.as_reported.adapters import (
+    RIDGE,
     as_state_edit,
     hidden_to_hidden,
     largest_columns,
@@ -204,7 +204,7 @@ def test_truncation_spends_its_rank_on_large_weights_in_place_of_large_effects()
 @given(seeds, st.integers(0, WIDTH))
 def test_method_b_is_hidden_to_hidden_of_the_study(seed: int, rank: int) -> None:
     head, (h,), _, expert = problem(seed)
-    adapter = Adapter.from_path(hidden_to_hidden(h, expert.states(h)), rank, head)
+    adapter = AdapterPath(hidden_to_hidden(h, expert.states(h)), head, RIDGE, [], None).at(rank)
     found = h + adapter.edit(h)
     np.testing.assert_allclose(found, study_b(h.numpy(), expert.states(h).numpy(), rank), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(adapter.logits(h, head), head(found))
@@ -216,7 +216,8 @@ def test_method_b_counts_the_state_twice(seed: int) -> None:
     path = hidden_to_hidden(h, expert.states(h))
     whole = h + path.at(WIDTH)(h)
     torch.testing.assert_close(whole - expert.states(h), h, rtol=1e-3, atol=1e-3)
-    kl = [float(kl_divergence(logits, Adapter.from_path(path, rank, head).logits(h, head)).mean()) for rank in range(7)]
+    adapters = map(AdapterPath(path, head, RIDGE, [], None).at, range(7))
+    kl = [float(kl_divergence(logits, adapter.logits(h, head)).mean()) for adapter in adapters]
     assert 0.005 < kl[0] < 0.02 and 5 * kl[0] < kl[1] < min(kl[2:])  # the more rank, the worse
     edit = fit_moments([Moments.of(h, expert.edit(h))], head, penalty=1e-9).at(2)
     assert float(kl_divergence(logits, edit.logits(h, head)).mean()) < 1e-9

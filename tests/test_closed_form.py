@@ -276,7 +276,7 @@ def test_equal_rank_has_at_most_as_many_weights() -> None:
 
 def test_rank_zero_is_the_bias_alone() -> None:
     x = normal(3, 6)
-    assert not LowRankLinear(6, 4, 0, bias=False, dtype=torch.float64)(x).any()
+    assert not LowRankLinear(6, 4, 0, bias=False).to(x)(x).any()
     linear = linear_from(normal(4, 6), normal(4))
     assert torch.equal(low_rank(linear, 0)(x), linear.bias.expand(3, 4))
 

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from chassis_utils.files import write_together
-from chassis_utils.linalg.regression import RankPath
 from chassis_utils.lm.model import Head
 from chassis_utils.lm.tokenizer import read_json
 from chassis_utils.metrics import standard_error
@@ -83,14 +82,6 @@ class Adapter:
         down, up = (torch.zeros(width, rank, dtype=torch.float64) for _ in range(2))
         return cls("state", down, up, torch.zeros(width, dtype=torch.float64), head.fingerprint)
 
-    @classmethod
-    def from_path(
-        cls, path: RankPath, rank: int, head: Head, intercept: Float64[Tensor, "vocab"] | None = None
-    ) -> "Adapter":
-        """One rank of a regression of edits of the state; `ValueError` beyond its ranks."""
-        factors = path.left[:, :rank], path.right[:, :rank]
-        return cls("state", *factors, path.at(rank).bias, head.fingerprint, intercept)
-
     @property
     def rank(self) -> int:
         """Number of columns of A and B."""
@@ -143,13 +134,8 @@ class Adapter:
         folder = Path(folder)
         tensors = {"down": self.down, "up": self.up, "shift": self.shift, "intercept": self.intercept}
         stored = {name: tensor.float().contiguous() for name, tensor in tensors.items() if tensor is not None}
-        config: dict[str, Any] = {
-            "format": FORMAT,
-            "space": self.space,
-            "rank": self.rank,
-            "head": self.head_fingerprint,
-        }
-        config |= {"held_out": asdict(self.held_out)} if self.held_out else {}
+        judged = {"held_out": asdict(self.held_out)} if self.held_out else {}
+        config = {"format": FORMAT, "space": self.space, "rank": self.rank, "head": self.head_fingerprint, **judged}
         write_together({folder / WEIGHTS: save(stored), folder / CONFIG: json.dumps(config, indent=2) + "\n"})
 
     @classmethod

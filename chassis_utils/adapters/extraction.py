@@ -11,6 +11,7 @@ float64 for each input that layers read.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,22 +91,19 @@ def _grams(
     require_memory(8 * sum(size**2 for size in sizes), f"the moments of {len(paths)} layers", "use a smaller model")
     grams, now = dict[str, Tensor](), dict[str, Any]()
 
-    def note(path: str) -> Any:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0] is now.get("input"):  # queries, keys and values, or gate and up
-                grams[path] = grams[now["path"]]
-                return
-            if inputs[0].numel() != now["real"].numel() * inputs[0].shape[-1]:
-                raise ValueError(f"{path!r} reads only some of the tokens: extraction takes no mixtures of experts")
-            x = inputs[0].reshape(*now["real"].shape, -1)[now["real"]].double()
-            grams[path] = x.T @ x if path not in grams else grams[path].add_(x.T @ x)
-            now.update(input=inputs[0], path=path)
-
-        return add
+    def note(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0] is now.get("input"):  # queries, keys and values, or gate and up
+            grams[path] = grams[now["path"]]
+            return
+        if inputs[0].numel() != now["real"].numel() * inputs[0].shape[-1]:
+            raise ValueError(f"{path!r} reads only some of the tokens: extraction takes no mixtures of experts")
+        x = inputs[0].reshape(*now["real"].shape, -1)[now["real"]].double()
+        grams[path] = x.T @ x if path not in grams else grams[path].add_(x.T @ x)
+        now.update(input=inputs[0], path=path)
 
     with ExitStack() as hooks:
         for path in paths:
-            hooks.callback(model.network.get_submodule(path).register_forward_pre_hook(note(path)).remove)
+            hooks.enter_context(model.network.get_submodule(path).register_forward_pre_hook(partial(note, path)))
         for batch in batches(rows):
             ids, mask = pad([rows[k] for k in batch], model.device)
             now.update(real=mask.bool(), input=None)

@@ -60,7 +60,8 @@ class AdapterPath:
 
     def at(self, rank: int) -> Adapter:
         """The adapter of one rank; `ValueError` beyond those that the samples give."""
-        return Adapter.from_path(self.path, rank, self.head, self.intercept)
+        factors = self.path.left[:, :rank], self.path.right[:, :rank], self.path.at(rank).bias
+        return Adapter("state", *factors, self.head.fingerprint, self.intercept)
 
     @cached_property
     def rank(self) -> int:

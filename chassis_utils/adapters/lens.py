@@ -20,7 +20,7 @@ from tqdm import tqdm
 from chassis_utils.limits import require_memory
 from chassis_utils.linalg.moments import Moments, by_fold, merge, processes
 from chassis_utils.linalg.regression import LinearMap, choose_penalty, ridge
-from chassis_utils.lm.forward import batches, encode, layer_states, pad
+from chassis_utils.lm.forward import at_ends, batches, encode, layer_states, pad
 from chassis_utils.lm.model import Head, LanguageModel
 
 WAITING = 512  # states of each layer that are held until they are added to the moments
@@ -109,4 +109,4 @@ def _moments_of(base: LanguageModel, expert: LanguageModel, ids: list[list[int]]
 def _last_tokens(model: LanguageModel, rows: list[list[int]]) -> Shaped[Tensor, "layers n d"]:
     ids, mask = pad(rows, model.device)
     states = layer_states(model, ids, attention_mask=mask, use_cache=False)
-    return torch.stack([state[torch.arange(len(rows)), mask.sum(1) - 1] for state in states]).cpu()
+    return torch.stack([at_ends(state, mask) for state in states]).cpu()

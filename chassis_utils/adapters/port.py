@@ -38,6 +38,7 @@ from chassis_utils.lm.attention import behind_attention, counting
 from chassis_utils.lm.chat import as_chat
 from chassis_utils.lm.forward import continuations, written
 from chassis_utils.lm.model import HEAD_TOLERANCE, PROBE, LanguageModel, require_model
+from chassis_utils.lm.resume import replacing
 
 
 @dataclass(frozen=True)
@@ -136,25 +137,16 @@ class Port:
         batch that the number of names does not divide.
         """
         rows = [names] if names is None or isinstance(names, str) else list(names)
-        selection = self._select(rows)
-        handles = []
-        if not self._selections:
-            handles.append(self._output.register_forward_pre_hook(self._before))
-            handles.append(self._output.register_forward_hook(self._after))
-            generate = vars(self.model.network).get("generate")  # another port's; else the class has it
-            self.model.network.generate = partial(self._generate, self.model.network.generate)
-        self._selections.append(selection)
-        try:
-            with self._in_the_middle(selection):
-                yield
-        finally:
-            self._selections.pop()
-            for handle in handles:
-                handle.remove()
-            if handles and generate is None:
-                del self.model.network.generate
-            elif handles:
-                self.model.network.generate = generate
+        selection, network = self._select(rows), self.model.network
+        with ExitStack() as stack:
+            if not self._selections:
+                stack.enter_context(self._output.register_forward_pre_hook(self._before))
+                stack.enter_context(self._output.register_forward_hook(self._after))
+                stack.enter_context(replacing(network, "generate", partial(self._generate, network.generate)))
+            self._selections.append(selection)
+            stack.callback(self._selections.pop)
+            stack.enter_context(self._in_the_middle(selection))
+            yield
 
     def generate(self, prompt: str, use: str | None = None, tokens: int = 32) -> str:
         """The greedy continuation of a prompt under one adapter, or by the base alone.
@@ -207,8 +199,7 @@ class Port:
         used = [name for name in rows if name is not None]
         for name in used:
             self._check_name(name)
-        nothing = _Plugged({}, {})
-        plugged = [nothing if name is None else self._plugged[name] for name in rows]
+        plugged = [_Plugged({}, {}) if name is None else self._plugged[name] for name in rows]
         state, vocabulary = (Mixture.of([one.edits.get(space) for one in plugged]) for space in ("state", "vocabulary"))
         layers = {layer for one in plugged for layer in one.middle}
         middle = {layer: Mixture.of([one.middle.get(layer) for one in plugged]) for layer in sorted(layers)}
@@ -248,12 +239,9 @@ class Port:
     def _check_input(self) -> None:
         """An edit is one of the last state only where the head reads that state as it is (MiniCPM3 scales it)."""
         seen: list[Tensor] = []
-        handle = self._output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
+        with self._output.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
             ids = torch.tensor(self.model.encode([PROBE]), device=self.model.device)
             states = self.model.network(ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
-        finally:
-            handle.remove()
         if not torch.allclose(seen[0].to(states), states, rtol=HEAD_TOLERANCE, atol=0.0):
             raise ValueError(
                 f"{self.model.name!r} changes its last state before the head reads it: "

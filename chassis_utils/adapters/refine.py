@@ -10,7 +10,7 @@ does not lower their KL by more than a standard error is not kept.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -36,6 +36,7 @@ class Examples:
     h: Shaped[Tensor, "n d"]
     logits: Shaped[Tensor, "n vocab"]
     groups: Sequence[str] | None = None  # prompts of one template or document are not independent
+    _products: dict[str, Tensor] = field(default_factory=dict, init=False)  # by the fingerprint of a head
 
     @cached_property
     def reference(self) -> Reference:
@@ -46,10 +47,6 @@ class Examples:
     def probabilities(self) -> Shaped[Tensor, "n vocab"]:
         """The expert's."""
         return self.logits.softmax(-1)
-
-    @cached_property
-    def _products(self) -> dict[str, Tensor]:
-        return {}
 
     def product(self, head: Head) -> Shaped[Tensor, "n vocab"]:
         """What the head makes of the states: kept, so that another adapter costs what its factors cost."""

@@ -9,7 +9,7 @@ each length tried.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from jaxtyping import Float, Float64, Shaped
@@ -50,6 +50,7 @@ class Task:
     folds: Sequence[int]  # of each prompt; every third one judges lengths and is left out of the fits judged
     metric: Float64[Tensor, "d d"]
     responses: Mapping[int, Float64[Tensor, "d d"]]  # of the last state to each middle layer
+    _first: dict[tuple[int, int], list[tuple[dict[int, Adapter], Tensor]]] = field(default_factory=dict, init=False)
 
     @cached_property
     def start(self) -> tuple[Float[Tensor, "layers n d"], float]:
@@ -66,10 +67,6 @@ class Task:
     def expert(self) -> Reference:
         """The expert on the prompts that judge."""
         return Reference(self.head(self.target[self.judges]))
-
-    @cached_property
-    def _first(self) -> dict[tuple[int, int], list[tuple[dict[int, Adapter], Tensor]]]:
-        return {}
 
     def edited(
         self, middle: dict[int, Adapter], states: Float[Tensor, "layers n d"], layer: int, rank: int
@@ -104,10 +101,11 @@ def fit_stack(task: Task, layers: Sequence[int], ranks: Sequence[int]) -> Stack:
         raise ValueError(f"{len(layers)} layers and {len(ranks)} ranks make no stack: give one rank for each layer")
     states, penalty = task.start
     best = _Trial.of(task, {}, states, ranks[-1], penalty)
+    groups = [str(task.folds[k]) for k in task.judges]  # prompts of a fold count as one
     for layer, rank in zip(layers[:-1], ranks[:-1], strict=True):
         edited = task.edited(best.middle, best.states, layer, rank)
         trials = [_Trial.of(task, middle, states, ranks[-1], penalty) for middle, states in edited]
-        better = [trial for trial in trials if trial.clearly_better(best, task)]
+        better = [trial for trial in trials if clearly_lower(trial.kl, best.kl, groups)]
         best = min(better, key=lambda trial: float(trial.kl.mean()), default=best)
     h = best.states[-1]
     whole = fit_moments(by_fold(h, task.target - h.double(), task.folds), task.head, task.metric, penalty)
@@ -129,7 +127,3 @@ class _Trial:
         last = fit_moments(moments, task.head, task.metric, penalty).at(rank)
         adapted = last.logits(states[-1][task.judges], task.head)
         return cls(middle, states, task.expert.kl(adapted))
-
-    def clearly_better(self, other: "_Trial", task: Task) -> bool:
-        """Whether the judges' KL is lower by more than a standard error, prompts of a fold counting as one."""
-        return clearly_lower(self.kl, other.kl, [str(task.folds[k]) for k in task.judges])

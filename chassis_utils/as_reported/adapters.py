@@ -83,17 +83,13 @@ def method_a(
     lens = ridge(logits)
     columns = largest_columns(lens) if columns is None else columns
     kept = LinearMap(lens.weight[:, columns], lens.bias[columns])
-    own = ridge(_part(head, columns)(h))
+    part = replace(head, weight=head.weight[columns], bias=None if head.bias is None else head.bias[columns])
+    own = ridge(part(h))
     # the second ridge of what is linear in h: X^T X = G - lambda, so that none of its targets need be computed
     weight = (kept.weight - RIDGE * ridge.solve(kept.weight) - own.weight) / head.scale
     mean = ridge.mean[None]
     bias = ((kept(mean) - own(mean)) / head.scale - mean @ weight)[0]
     return MethodA(_truncated(LinearMap(weight, bias)), columns, head)
-
-
-def _part(head: Head, columns: Int[Tensor, "k"]) -> Head:
-    """The same head for some of the tokens."""
-    return replace(head, weight=head.weight[columns], bias=None if head.bias is None else head.bias[columns])
 
 
 def largest_columns(lens: LinearMap) -> Int[Tensor, "k"]:

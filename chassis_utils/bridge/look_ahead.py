@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from chassis_utils.bridge.bridge import Bridge
-from chassis_utils.lm.forward import encode, pad
+from chassis_utils.lm.forward import at_ends, encode, pad
 from chassis_utils.lm.model import LanguageModel
 
 FEWEST, MOST = 4, 64  # texts that the expert continues at once: few while the next are still to be found
@@ -45,15 +45,6 @@ class Bridged:
     def remerged_mass(self) -> float:
         """Mass of the text before which the base would have cut the context otherwise."""
         return float(self.remerged.sum())
-
-    @property
-    def conditional(self) -> Float64[Tensor, "v"]:
-        """What q is given that the context keeps its tokens: the factors of the probability of a token sequence.
-
-        NaN where it never does.
-        """
-        others = self.q - self.remerged
-        return others / others.sum()
 
 
 def look_ahead(bridge: Bridge, expert: NextToken, text: str, calls: int = 16, delta: float = 1e-3) -> Bridged:
@@ -264,7 +255,6 @@ class Continuations:
         cache = copy.deepcopy(self.cache)
         if cache is not None:
             cache.batch_repeat_interleave(len(rows))
-        mask = torch.cat([mask.new_ones(len(rows), self.length), mask], dim=1)
-        states = self.model.body(padded, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
-        ends = torch.tensor([len(row) for row in rows])
-        return self.model.head(states[torch.arange(len(rows)), ends].cpu()).double().softmax(-1)
+        whole = torch.cat([mask.new_ones(len(rows), self.length), mask], dim=1)
+        states = self.model.body(padded, attention_mask=whole, past_key_values=cache, use_cache=True).last_hidden_state
+        return self.model.head(at_ends(states, mask).cpu()).double().softmax(-1)

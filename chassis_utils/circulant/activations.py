@@ -101,10 +101,8 @@ class PairedForward:
         inside = self._inside(before)
         for batch in self._batches:
             as_it_is = batch.as_it_is or self._through(batch, batch.untouched)
-            if inside or batch.replaced is not batch.untouched:
-                batch.replaced = self._through(batch, batch.replaced, inside).states
-            else:
-                batch.replaced = as_it_is.states
+            apart = inside or batch.replaced is not batch.untouched
+            batch.replaced = (self._through(batch, batch.replaced, inside) if apart else as_it_is).states
             batch.untouched = as_it_is.states
             batch.as_it_is, batch.as_replaced = None, None
         self.layer += 1
@@ -122,11 +120,8 @@ class PairedForward:
             calls.append((positional, named))
             raise Reached
 
-        handle = self.model.blocks[self.layer].register_forward_pre_hook(catch, with_kwargs=True)
-        try:
+        with self.model.blocks[self.layer].register_forward_pre_hook(catch, with_kwargs=True):
             run_until(self.model, padded, mask)
-        finally:
-            handle.remove()
         ((states, *others), named), *_ = calls
         return _Batch(prompts, mask.bool(), states, states, tuple(others), named)
 
@@ -151,9 +146,9 @@ class PairedForward:
         with ExitStack() as stack:
             stack.enter_context(patch(self.model.network, inside or {}))
             for path, module in mlp_projections(self.model.network, self.layer).items():
-                stack.callback(module.register_forward_hook(partial(note, path)).remove)
+                stack.enter_context(module.register_forward_hook(partial(note, path)))
             for part in block.children():
-                stack.callback(part.register_forward_hook(note_earlier).remove)
+                stack.enter_context(part.register_forward_hook(note_earlier))
             for part, output in same.earlier.items() if same else ():
                 stack.enter_context(giving(part, output))
             output = block(states, *batch.others, **batch.named)

@@ -164,18 +164,13 @@ class _Run:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
 
-def _teacher(model: LanguageModel, prompts: Sequence[str] | Teacher, settings: Settings) -> Teacher:
-    if not isinstance(prompts, Teacher):
-        return Teacher(model, prompts, settings.every_token)
-    if prompts.every_token != settings.every_token:
-        raise ValueError(f"every_token is {settings.every_token} here and {prompts.every_token} of the teacher given")
-    return prompts
-
-
 def _teachers(
     model: LanguageModel, train: Sequence[str] | Teacher, held_out: Sequence[str] | Teacher, settings: Settings
 ) -> tuple[Teacher, Teacher]:
-    learned, measured = (_teacher(model, prompts, settings) for prompts in (train, held_out))
+    every = settings.every_token
+    if any(isinstance(given, Teacher) and given.every_token != every for given in (train, held_out)):
+        raise ValueError(f"every_token is {every} here and {not every} of the teacher given")
+    learned, measured = (p if isinstance(p, Teacher) else Teacher(model, p, every) for p in (train, held_out))
     both = [ids for ids in learned.ids if ids in measured.ids]
     if both:
         prompt = model.tokenizer.decode(both[0])[:60]

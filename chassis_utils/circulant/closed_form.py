@@ -14,10 +14,11 @@ q (q + p) B numbers, whatever n; a block row that is cut short adds in_features^
 in_features^3 multiplications.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
-from operator import add
+from operator import add, sub
+from typing import Any
 
 import torch
 from jaxtyping import Complex128, Float64, Shaped
@@ -25,13 +26,7 @@ from torch import Tensor, nn
 
 from chassis_utils.circulant.layer import BlockCirculantLinear, average, check_block_size, expand
 from chassis_utils.linalg.moments import Moments, bad_rows
-from chassis_utils.linalg.regression import (
-    RELATIVE_RIDGES,
-    LinearMap,
-    as_good_as_the_best,
-    check_penalty,
-    solve_symmetric,
-)
+from chassis_utils.linalg.regression import RELATIVE_RIDGES, LinearMap, check_penalty, choose_simplest, solve_symmetric
 from chassis_utils.linalg.regression import squared_error as squared_error_of_map
 
 
@@ -72,19 +67,17 @@ class CirculantMoments:
         return cls(n, square, xh.sum(1), yh.sum(1), _products(xh.mH, xh), _products(xh.mH, yh), rest, block_size)
 
     def __add__(self, other: "CirculantMoments") -> "CirculantMoments":
-        return self._with(other, 1)
+        return self._with(other, add)
 
     def __sub__(self, other: "CirculantMoments") -> "CirculantMoments":
-        return self._with(other, -1)
+        return self._with(other, sub)
 
-    def _with(self, other: "CirculantMoments", sign: int) -> "CirculantMoments":
+    def _with(self, other: "CirculantMoments", joined: Callable[[Any, Any], Any]) -> "CirculantMoments":
         if self.block_size != other.block_size:
             raise ValueError(f"moments of block sizes {self.block_size} and {other.block_size} do not add")
         names = [field.name for field in fields(self) if field.name not in ("rest", "block_size")]
-        sums = {name: getattr(self, name) + sign * getattr(other, name) for name in names}
-        rest = None
-        if self.rest is not None and other.rest is not None:
-            rest = self.rest + other.rest if sign == 1 else self.rest - other.rest
+        sums = {name: joined(getattr(self, name), getattr(other, name)) for name in names}
+        rest = None if self.rest is None or other.rest is None else joined(self.rest, other.rest)
         return CirculantMoments(**sums, rest=rest, block_size=self.block_size)
 
     @property
@@ -136,7 +129,7 @@ def choose_circulant_penalty(
     """The penalty of `activation_aware` with the least K-fold error, and the error per sample of each candidate.
 
     Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix; of those as good as the best
-    (`regression.as_good_as_the_best`) the largest is taken.
+    (`regression.choose_simplest`) the largest is taken.
     """
     whole = reduce(add, folds)
     start = average(linear.weight, whole.block_size)
@@ -146,9 +139,7 @@ def choose_circulant_penalty(
     for number, fold in enumerate(folds):
         for k, fitted in enumerate(_fits(whole - fold, start, penalties)):
             held_out[number, k] = _error(fold, *fitted)
-    good = as_good_as_the_best(held_out, whole.n, float(whole.y_square / whole.n)).tolist()
-    errors = dict(zip(penalties, (held_out.sum(0) / whole.n).tolist(), strict=True))
-    return max(penalty for penalty, fits in zip(penalties, good, strict=True) if fits), errors
+    return choose_simplest(max, penalties, held_out, whole.n, float(whole.y_square / whole.n))
 
 
 def _fits(

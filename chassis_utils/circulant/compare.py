@@ -7,7 +7,6 @@ width for each block that patches have begun at).
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pandas as pd
@@ -47,15 +46,13 @@ class Teacher:
         for alike in batches([self.ids[k] for k in batch]):
             numbers = [batch[k] for k in alike]
             rows = [self.ids[k] for k in numbers]
-            with self._resuming((layer, *numbers), rows) if layer else nullcontext():
+            key = (layer, *numbers)
+            if layer and key not in self._below:
+                self._below[key] = output_below(self.model, rows, layer)
+            with resuming(self.model, layer, self._below.get(key)):
                 read = token_logits(self.model, rows, self.every_token)
             logits |= zip(alike, read.split([self.positions[k] for k in numbers]), strict=True)
         return torch.cat([logits[k] for k in range(len(batch))])
-
-    def _resuming(self, key: tuple[int, ...], rows: Sequence[list[int]]) -> AbstractContextManager[None]:
-        if key not in self._below:
-            self._below[key] = output_below(self.model, rows, key[0])
-        return resuming(self.model, key[0], self._below[key])
 
     def loss(self, batch: Sequence[int], layer: int) -> Float[Tensor, ""]:
         """Mean KL(teacher || student) over the positions of these prompts, in float32 at least; `layer` as above."""

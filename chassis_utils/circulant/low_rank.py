@@ -10,21 +10,13 @@ from torch import Tensor, nn
 
 from chassis_utils.circulant.layer import check_block_size
 from chassis_utils.linalg.moments import Moments
-from chassis_utils.linalg.regression import RankPath, reduced_rank
+from chassis_utils.linalg.regression import reduced_rank
 
 
 class LowRankLinear(nn.Module):
     """y = up down x + bias; takes the place of an `nn.Linear`. Of rank 0 it is the bias alone, or zero."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True) -> None:
         super().__init__()
         limit = min(in_features, out_features)
         if limit < 1:
@@ -32,17 +24,16 @@ class LowRankLinear(nn.Module):
         if not isinstance(rank, int) or not 0 <= rank <= limit:
             raise ValueError(f"rank {rank} does not fit a layer {in_features} -> {out_features}: use 0 to {limit}")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.down = nn.Parameter(torch.zeros(rank, in_features, device=device, dtype=dtype))
-        self.up = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.down = nn.Parameter(torch.zeros(rank, in_features))
+        self.up = nn.Parameter(torch.zeros(out_features, rank))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     @classmethod
     def of(
         cls, linear: nn.Linear, down: Float[Tensor, "r d_x"], up: Float[Tensor, "d_y r"], bias: Tensor | None
     ) -> "LowRankLinear":
         """The layer with these parameters, in the sizes, dtype and device of `linear`."""
-        like = linear.weight
-        layer = cls(linear.in_features, linear.out_features, len(down), bias is not None, like.device, like.dtype)
+        layer = cls(linear.in_features, linear.out_features, len(down), bias is not None).to(linear.weight)
         layer.load_state_dict({"down": down, "up": up} | ({} if bias is None else {"bias": bias}))
         return layer
 
@@ -60,11 +51,7 @@ def low_rank(linear: nn.Linear, rank: int) -> LowRankLinear:
 
 def low_rank_aware(linear: nn.Linear, moments: Moments, penalty: float, rank: int) -> LowRankLinear:
     """The layer of `rank` nearest to `linear` on its activations (`regression.reduced_rank`), with a bias."""
-    return layer_at_rank(linear, reduced_rank(moments, penalty), rank)
-
-
-def layer_at_rank(linear: nn.Linear, path: RankPath, rank: int) -> LowRankLinear:
-    """One rank of a path of solutions, in the dtype and device of `linear`."""
+    path = reduced_rank(moments, penalty)
     return LowRankLinear.of(linear, path.left[:, :rank].T, path.right[:, :rank], path.at(rank).bias)
 
 

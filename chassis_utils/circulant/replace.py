@@ -145,8 +145,7 @@ def by_fold(prompts: Sequence[Prompt]) -> list[list[str]]:
 
 
 def _nothing(linear: nn.Linear) -> LowRankLinear:
-    sizes = (linear.in_features, linear.out_features)
-    return LowRankLinear(*sizes, rank=0, bias=False, device=linear.weight.device, dtype=linear.weight.dtype)
+    return LowRankLinear.of(linear, linear.weight[:0], linear.weight[:, :0], None)
 
 
 def _of_weights(linear: nn.Linear, block_size: int, how: str) -> nn.Module:

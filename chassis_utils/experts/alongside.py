@@ -51,8 +51,7 @@ class Alongside(LogitsProcessor):
         self.bridge = None if shared else Bridge.between(base, expert)
         self._covers = None if self.bridge is None else Covers(self.bridge)
         self._reader = Reader(expert)
-        start = expert.encode([""])[0]
-        self._lead = [] if start or expert.start_token is None else [expert.start_token]  # as `bits_per_byte` does
+        self._lead = [] if expert.encode([""])[0] else expert.begun([])  # as `bits_per_byte` does
 
     def __call__(self, input_ids: Int[Tensor, "n t"], scores: Float[Tensor, "n vocab"]) -> Float[Tensor, "n vocab"]:
         """Log-probabilities of the mix, in the dtype of the base's scores; what those exclude stays excluded."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ from chassis_utils.bridge.bridge import Bridge
 from chassis_utils.bridge.look_ahead import Continuations, look_ahead
 from chassis_utils.lm.forward import prefixes
 from chassis_utils.lm.model import LanguageModel
-from chassis_utils.lm.states import last_states
+from chassis_utils.lm.states import Positions, last_states
 
 FLOOR = 1e-3  # the base's share of a bridged distribution, so that no token is impossible
 
@@ -40,19 +40,14 @@ class BridgedExpert:
     bridge: Bridge
     calls: int = 0
 
-    def logits(
-        self, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
-    ) -> Float[Tensor, "n vocab"]:
+    def logits(self, texts: Sequence[str], positions: Positions = None) -> Float[Tensor, "n vocab"]:
         """Logarithms of the bridged probabilities above the floor; `ValueError` as of `states.collect`."""
         prompts = texts if positions is None else prefixes(self.base, texts, positions)
         if self.calls:
             bar = tqdm(prompts, desc=f"bridge from {self.model.name}", disable=None, leave=False)
-            q = torch.stack([self._ahead(prompt) for prompt in bar])
+            q = torch.stack([look_ahead(self.bridge, Continuations(self.model, x), x, self.calls).q for x in bar])
         else:
             p = self.model.head(last_states(self.model, prompts)).softmax(-1)
             q = self.bridge.one_step(p)[0].double()
         own = self.base.head(last_states(self.base, texts, positions)).softmax(-1, dtype=torch.float64)
         return ((1 - FLOOR) * q + FLOOR * own).log().float()
-
-    def _ahead(self, prompt: str) -> Float64[Tensor, "vocab"]:
-        return look_ahead(self.bridge, Continuations(self.model, prompt), prompt, self.calls).q

@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from chassis_utils.lm.model import LanguageModel
-from chassis_utils.lm.states import last_states
+from chassis_utils.lm.states import Positions, last_states
 
 BOOST = 4.0  # added by the study's logit-bias expert, for each of these strings
 BOOSTED = (
@@ -37,9 +37,7 @@ class LogitBias:
             bias[token] += boost
         return cls(base, bias)
 
-    def logits(
-        self, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
-    ) -> Float[Tensor, "n vocab"]:
+    def logits(self, texts: Sequence[str], positions: Positions = None) -> Float[Tensor, "n vocab"]:
         """In the dtype of the base's logits; `ValueError` as of `states.collect`."""
         logits = self.base.head(last_states(self.base, texts, positions))
         return logits + self.bias.to(logits.dtype)

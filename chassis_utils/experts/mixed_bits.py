@@ -27,9 +27,7 @@ def bits_by_weight(
     Weight 0 is the base alone, 1 the expert in its place. Raises `ValueError` for a text that either model cannot read.
     """
     base, texts = device.base, require_texts(texts)
-    rows = base.encode(texts)
-    if base.start_token is not None:
-        rows = [row if row[:1] == [base.start_token] else [base.start_token, *row] for row in rows]
+    rows = [base.begun(row) for row in base.encode(texts)]
     own = [logits.double().log_softmax(-1) for logits in read_logits(base, rows, every_token=True)]
     bits = torch.zeros(len(weights), len(rows), dtype=torch.float64)
     lost = torch.zeros(len(rows), dtype=torch.float64)

@@ -10,12 +10,12 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from chassis_utils.lm.states import Positions
+
 
 @runtime_checkable
 class Expert(Protocol):
     """Any source of next-token logits over the base's vocabulary."""
 
-    def logits(
-        self, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
-    ) -> Float[Tensor, "n vocab"]:
+    def logits(self, texts: Sequence[str], positions: Positions = None) -> Float[Tensor, "n vocab"]:
         """Of the next token after each text, or after each of the named tokens of each text."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from chassis_utils.experts.prompted import Answered
 from chassis_utils.lm.forward import encode, written
 from chassis_utils.lm.model import LanguageModel, require_model
-from chassis_utils.lm.states import last_states
+from chassis_utils.lm.states import Positions, last_states
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,7 @@ class Sibling:
                 f"differ and they give {sizes[1]} and {sizes[0]} logits; take a checkpoint of the same tokenizer"
             )
 
-    def logits(
-        self, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
-    ) -> Float[Tensor, "n vocab"]:
+    def logits(self, texts: Sequence[str], positions: Positions = None) -> Float[Tensor, "n vocab"]:
         """The sibling's own logits; `ValueError` as of `states.collect`."""
         return self.model.head(last_states(self.model, texts, positions))
 

@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from chassis_utils.lm.model import Head, LanguageModel
-from chassis_utils.lm.states import last_states
+from chassis_utils.lm.states import Positions, last_states
 from chassis_utils.metrics import kl_divergence
 
 STRONGEST = 2.0**30  # where the search for a strength gives up: the softmax is one token long before
@@ -83,9 +83,7 @@ class SyntheticModel:
     base: LanguageModel
     edit: SyntheticExpert
 
-    def logits(
-        self, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
-    ) -> Float[Tensor, "n vocab"]:
+    def logits(self, texts: Sequence[str], positions: Positions = None) -> Float[Tensor, "n vocab"]:
         """The base's head on the edited states; `ValueError` as of `states.collect`."""
         return self.base.head(self.edit.states(last_states(self.base, texts, positions)))
 

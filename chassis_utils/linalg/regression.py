@@ -12,11 +12,12 @@ where that fails, never by an inverse. Cost: a few d^3, whatever n.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from jaxtyping import Bool, Float64, Inexact, Shaped
+from jaxtyping import Float64, Inexact, Shaped
 from torch import Tensor
 
 from chassis_utils.linalg.moments import Moments, merge
@@ -24,6 +25,9 @@ from chassis_utils.linalg.moments import Moments, merge
 ROUNDING = 1e-12  # of the targets' variance: errors closer than this are equal
 INDIFFERENCE = 0.1  # of a standard error: choices whose errors are closer than that are equal
 RELATIVE_RIDGES = tuple(10.0 ** (k / 2) for k in range(-18, 5))  # times the mean eigenvalue of the Gram matrix
+
+Metric = Float64[Tensor, "d_y d_y"] | None  # K above; the identity where none is given
+Candidate = TypeVar("Candidate", int, float)
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def ridge(moments: Moments, penalty: float) -> LinearMap:
     return LinearMap(weight, moments.y_mean - moments.x_mean @ weight)
 
 
-def reduced_rank(moments: Moments, penalty: float, metric: Float64[Tensor, "d_y d_y"] | None = None) -> RankPath:
+def reduced_rank(moments: Moments, penalty: float, metric: Metric = None) -> RankPath:
     """The whole rank path under `metric` (K above; the identity where none is given), from one SVD.
 
     Raises `ValueError` for fewer samples than unknowns without a penalty.
@@ -99,9 +103,7 @@ def mean_eigenvalue(moments: Moments) -> float:
     return float(moments.xx_centred.trace() / len(moments.x_sum))
 
 
-def squared_error(
-    moments: Moments, fitted: LinearMap, metric: Float64[Tensor, "d_y d_y"] | None = None
-) -> Float64[Tensor, ""]:
+def squared_error(moments: Moments, fitted: LinearMap, metric: Metric = None) -> Float64[Tensor, ""]:
     """Sum over samples of (x M + b - y) K (x M + b - y)^T, from the moments of those samples."""
     m, b = fitted.weight, fitted.bias
     xb = torch.outer(moments.x_sum @ m, b)
@@ -112,67 +114,58 @@ def squared_error(
 
 
 def choose_penalty(
-    folds: Sequence[Moments],
-    metric: Float64[Tensor, "d_y d_y"] | None = None,
-    relative: Sequence[float] = RELATIVE_RIDGES,
+    folds: Sequence[Moments], metric: Metric = None, relative: Sequence[float] = RELATIVE_RIDGES
 ) -> tuple[float, dict[float, float]]:
     """The penalty with the least K-fold error, and the held-out error per sample of each candidate.
 
     Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix. Of those as good as the
-    best (`as_good_as_the_best`) the largest penalty is taken, so that no noise decides where the error is flat.
+    best (`choose_simplest`) the largest penalty is taken, so that no noise decides where the error is flat.
     """
     whole = merge(folds)
     unit = mean_eigenvalue(whole) or 1.0  # constant inputs: any penalty gives the mean
     candidates = whole.xx.new_tensor([factor * unit for factor in relative])
     held_out = torch.stack([_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds])
-    errors = held_out.sum(0) / whole.n
     variance = max(0.0, float(_total(whole.yy_centred, metric) / whole.n))  # of constant targets it is noise
-    best = float(candidates[as_good_as_the_best(held_out, whole.n, variance)].max())
-    return best, dict(zip(candidates.tolist(), errors.tolist(), strict=True))
+    return choose_simplest(max, candidates.tolist(), held_out, whole.n, variance)
 
 
 def choose_rank(
-    folds: Sequence[Moments],
-    penalty: float,
-    metric: Float64[Tensor, "d_y d_y"] | None = None,
-    ranks: Sequence[int] | None = None,
+    folds: Sequence[Moments], penalty: float, metric: Metric = None, ranks: Sequence[int] | None = None
 ) -> tuple[int, dict[int, float]]:
     """The rank with the least K-fold error under `metric`, and the held-out error per sample of each.
 
-    Of those as good as the best (`as_good_as_the_best`) the smallest rank is taken. All ranks unless given.
+    Of those as good as the best (`choose_simplest`) the smallest rank is taken. All ranks unless given.
     """
     whole = merge(folds)
     paths = [reduced_rank(whole - fold, penalty, metric) for fold in folds]
     ranks = list(range(len(paths[0].singular_values) + 1) if ranks is None else ranks)
-    held_out = torch.stack(
-        [
-            torch.stack([squared_error(fold, path.at(rank), metric) for rank in ranks])
-            for fold, path in zip(folds, paths, strict=True)
-        ]
-    )
-    variance = float(_total(whole.yy, metric) / whole.n)
-    good = as_good_as_the_best(held_out, whole.n, variance)
-    errors = (held_out.sum(0) / whole.n).tolist()
-    return min(rank for rank, fits in zip(ranks, good.tolist(), strict=True) if fits), dict(
-        zip(ranks, errors, strict=True)
-    )
+    pairs = zip(folds, paths, strict=True)
+    errors = [torch.stack([squared_error(fold, path.at(rank), metric) for rank in ranks]) for fold, path in pairs]
+    return choose_simplest(min, ranks, torch.stack(errors), whole.n, float(_total(whole.yy, metric) / whole.n))
 
 
-def as_good_as_the_best(
-    held_out: Float64[Tensor, "folds candidates"], n: Float64[Tensor, ""], variance: float
-) -> Bool[Tensor, "candidates"]:
-    """Which candidates' summed errors on kept-out folds are within `INDIFFERENCE` standard errors of the least.
+def choose_simplest(
+    simplest: Callable[[Iterable[Candidate]], Candidate],
+    candidates: Sequence[Candidate],
+    held_out: Float64[Tensor, "folds candidates"],
+    n: Float64[Tensor, ""],
+    variance: float,
+) -> tuple[Candidate, dict[Candidate, float]]:
+    """The `simplest` candidate as good as the best on kept-out folds, and the error per sample of each.
 
-    The standard error is that of the least one over folds; differences below `ROUNDING` of the targets' `variance` are
-    none. Which of these a caller takes, the simplest, does not flip with the last digits of a sum.
+    As good are summed errors within `INDIFFERENCE` standard errors of the least. The standard error is that of the
+    least one over folds; differences below `ROUNDING` of the targets' `variance` are none. So the choice does not flip
+    with the last digits of a sum.
     """
     errors = held_out.sum(0)
     spread = held_out[:, errors.argmin()].std(unbiased=True) * len(held_out) ** 0.5 if len(held_out) > 1 else 0.0
-    return errors <= errors.min() + INDIFFERENCE * spread + ROUNDING * variance * n
+    good = (errors <= errors.min() + INDIFFERENCE * spread + ROUNDING * variance * n).tolist()
+    chosen = simplest(candidate for candidate, fits in zip(candidates, good, strict=True) if fits)
+    return chosen, dict(zip(candidates, (errors / n).tolist(), strict=True))
 
 
 def _held_out_errors(
-    rest: Moments, fold: Moments, penalties: Float64[Tensor, "k"], metric: Float64[Tensor, "d_y d_y"] | None
+    rest: Moments, fold: Moments, penalties: Float64[Tensor, "k"], metric: Metric
 ) -> Float64[Tensor, "k"]:
     """Squared error on `fold` of ridge fitted to `rest`, for each penalty, from one eigendecomposition.
 
@@ -192,7 +185,7 @@ def _held_out_errors(
     return _total(yy, metric) - 2 * weights @ linear + ((weights @ quadratic) * weights).sum(1)
 
 
-def _total(yy: Float64[Tensor, "d_y d_y"], metric: Float64[Tensor, "d_y d_y"] | None) -> Float64[Tensor, ""]:
+def _total(yy: Float64[Tensor, "d_y d_y"], metric: Metric) -> Float64[Tensor, ""]:
     """The sum of y K y^T from that of y^T y."""
     return yy.trace() if metric is None else (yy * metric).sum()
 

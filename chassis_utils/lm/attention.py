@@ -36,9 +36,7 @@ def behind_attention(model: LanguageModel, layer: int, change: Change) -> Iterat
             return None
         return a + more if isinstance(output, Tensor) else type(output)([a + more, *output[1:]])
 
-    with ExitStack() as hooks:
-        hooks.callback(block.register_forward_pre_hook(note).remove)
-        hooks.callback(_attention(model, layer).register_forward_hook(add).remove)
+    with block.register_forward_pre_hook(note), _attention(model, layer).register_forward_hook(add):
         yield
 
 
@@ -48,7 +46,7 @@ def check_attention(model: LanguageModel) -> None:
     block, seen, inputs = model.blocks[0], list[Tensor](), list[Tensor]()
     with ExitStack() as hooks:
         for child in block.children():
-            hooks.callback(child.register_forward_pre_hook(lambda _, given: inputs.extend(given[:1])).remove)
+            hooks.enter_context(child.register_forward_pre_hook(lambda _, given: inputs.extend(given[:1])))
         hooks.enter_context(behind_attention(model, 0, seen.append))  # which returns nothing
         model.body(torch.tensor(model.encode([PROBE]), device=model.device), use_cache=False)
     if not any(torch.equal(given.flatten(0, -2), seen[0].flatten(0, -2)) for given in inputs):  # OPT flattens the batch
@@ -71,11 +69,8 @@ def counting(model: LanguageModel) -> Iterator[list[Int[Tensor, "n t"]]]:
         places[:] = [(mask.cumsum(1) - 1)[:, -ids.shape[1] :]]
 
     around = model.network.get_submodule(blocks_path(model.network).rpartition(".")[0])  # OPT calls it past its body
-    handle = around.register_forward_pre_hook(count, with_kwargs=True)
-    try:
+    with around.register_forward_pre_hook(count, with_kwargs=True):
         yield places
-    finally:
-        handle.remove()
 
 
 def _attention(model: LanguageModel, layer: int) -> nn.Module:

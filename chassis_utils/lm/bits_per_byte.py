@@ -57,9 +57,7 @@ def bits_per_byte(model: LanguageModel, texts: Sequence[str]) -> BitsPerByte:
     if not texts or "" in texts:
         raise ValueError("there is no text to be scored, or an empty one among the texts: leave it out")
     windows: list[tuple[int, list[int], int]] = []  # document, token ids, first scored position
-    for k, ids in enumerate(model.encode(texts)):
-        if model.start_token is not None and ids[:1] != [model.start_token]:
-            ids = [model.start_token, *ids]  # else a tokenizer that adds none spares its model the first token
+    for k, ids in enumerate(map(model.begun, model.encode(texts))):  # else some models were spared the first token
         for start in range(0, max(len(ids) - CONTEXT, 1), WINDOW - CONTEXT):
             windows.append((k, ids[start : start + WINDOW], 1 if start == 0 else CONTEXT))
     bits = torch.zeros(len(texts), dtype=torch.float64)

@@ -76,6 +76,11 @@ def pad(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
+def at_ends(states: Shaped[Tensor, "n t d"], mask: Int[Tensor, "n t"]) -> Shaped[Tensor, "n d"]:
+    """The states at the last token of each row, padded on the right."""
+    return states[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
+
+
 def every_position(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text behind which it may be continued: all but special ones and parts of a character."""
     chosen: list[list[int]] = []
@@ -108,7 +113,7 @@ def layer_states(model: LanguageModel, ids: Int[Tensor, "n t"], **inputs: Any) -
 
     with ExitStack() as hooks:
         for block in model.blocks:
-            hooks.callback(block.register_forward_pre_hook(record, prepend=True).remove)
+            hooks.enter_context(block.register_forward_pre_hook(record, prepend=True))
         last = model.body(ids, **inputs).last_hidden_state
     return [*states, last]
 
@@ -123,7 +128,7 @@ def token_logits(
     ids, mask = pad(rows, model.device)
     states = model.body(ids, attention_mask=mask, use_cache=False).last_hidden_state
     if not every_token:
-        states = states[torch.arange(len(rows), device=mask.device), mask.sum(1) - 1][:, None]
+        states = at_ends(states, mask)[:, None]
     logits = model.head.finish(model.network.get_output_embeddings()(states))
     return logits[mask.bool()] if every_token else logits[:, 0]
 

@@ -108,7 +108,7 @@ class Prefixes:
             with ExitStack() as hooks:
                 for block in self.model.blocks:
                     note = block.register_forward_hook(lambda _, __, output, noted=returned: noted.append(output))
-                    hooks.callback(note.remove)
+                    hooks.enter_context(note)
                 passes.append((_run(self.model, batch), returned))
         return passes
 
@@ -117,15 +117,9 @@ def _run(model: LanguageModel, batch: _Batch) -> list[Shaped[Tensor, "n left d"]
     """The states of all layers under the hooks that are in place; the cache holds the prefixes alone again."""
     try:
         return layer_states(model, batch.unread, **batch.inputs)
-    finally:
-        _restore(batch)
-
-
-def _restore(batch: _Batch) -> None:
-    """Cut the cache back to the prefixes, also where an edit failed halfway through the blocks."""
-    prefix = batch.mask.shape[1] - 1
-    for layer in batch.cache.layers if batch.cache else ():
-        layer.crop(min(0, prefix - layer.get_seq_length()))
+    finally:  # also where an edit failed halfway through the blocks
+        for layer in batch.cache.layers if batch.cache else ():
+            layer.crop(min(0, batch.mask.shape[1] - 1 - layer.get_seq_length()))
 
 
 @torch.inference_mode()
@@ -183,8 +177,5 @@ def _edited(model: LanguageModel, layer: int, edit: Edit, rows: list[int]) -> It
         change = (edit[rows] if isinstance(edit, Tensor) else edit(h[:, -1].cpu())).to(h)
         return (torch.cat([h[:, :-1], h[:, -1:] + change[:, None]], dim=1), *inputs[1:])
 
-    hook = model.blocks[layer].register_forward_pre_hook(before)
-    try:
+    with model.blocks[layer].register_forward_pre_hook(before):
         yield
-    finally:
-        hook.remove()

@@ -180,6 +180,10 @@ class LanguageModel:
                 )
         return rows
 
+    def begun(self, row: list[int]) -> list[int]:
+        """Token ids behind the token that begins a text, where there is one and the tokenizer has not added it."""
+        return row if self.start_token is None or row[:1] == [self.start_token] else [self.start_token, *row]
+
     @torch.inference_mode()
     def greedy(self, text: str, tokens: int) -> str:
         """The greedy continuation of `text`, without it; `ValueError` for no tokens to read or none to write."""

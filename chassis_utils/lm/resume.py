@@ -5,8 +5,8 @@ the modules that made it in place of running them. The rest of the pass (masks, 
 is the network's own, so its results are those of a full pass to the bit.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -36,11 +36,8 @@ def output_of(model: LanguageModel, ids: Int[Tensor, "n t"], mask: Int[Tensor, "
         outputs.append(output)
         raise Reached
 
-    handle = model.blocks[layer].register_forward_hook(catch)
-    try:
+    with model.blocks[layer].register_forward_hook(catch):
         run_until(model, ids, mask)
-    finally:
-        handle.remove()
     return outputs[0]
 
 
@@ -53,16 +50,21 @@ def first_layer(model: LanguageModel, paths: Iterable[str]) -> int:
 
 
 @contextmanager
-def giving(module: nn.Module, output: Any) -> Iterator[None]:
-    """`module` returns `output` whatever it is called with, and is not run."""
-    own = vars(module).get("forward")  # a wrapper that another library has put there
-    module.forward = lambda *_, **__: output
+def replacing(module: nn.Module, method: str, new: Callable[..., Any]) -> Iterator[None]:
+    """A method of this module is another function."""
+    before = vars(module).get(method)  # what another library or another port has put there; else the class has it
+    setattr(module, method, new)
     try:
         yield
     finally:
-        del module.forward
-        if own is not None:
-            module.forward = own
+        delattr(module, method)
+        if before is not None:
+            setattr(module, method, before)
+
+
+def giving(module: nn.Module, output: Any) -> AbstractContextManager[None]:
+    """`module` returns `output` whatever it is called with, and is not run."""
+    return replacing(module, "forward", lambda *_, **__: output)
 
 
 def output_below(model: LanguageModel, rows: Sequence[list[int]], layer: int) -> Any:

@@ -21,14 +21,12 @@ from chassis_utils.lm.forward import batches, encode, layer_states, pad
 from chassis_utils.lm.model import LanguageModel
 from chassis_utils.text.corpus import content_key
 
+Positions = Sequence[Sequence[int]] | None  # tokens of each text, by their number in it; or the last of each
 FORMAT = 4  # raised whenever the same inputs give other states
 
 
 def collect(
-    model: LanguageModel,
-    texts: Sequence[str],
-    positions: Sequence[Sequence[int]] | None = None,
-    layers: Sequence[int] | None = None,
+    model: LanguageModel, texts: Sequence[str], positions: Positions = None, layers: Sequence[int] | None = None
 ) -> Float[Tensor, "layers n d"]:
     """States [layers, n, width] of each text at its last token, or at its tokens `positions[k]`, text after text.
 
@@ -60,9 +58,7 @@ def collect(
     return load(cached(stored, read_all))["states"]
 
 
-def last_states(
-    model: LanguageModel, texts: Sequence[str], positions: Sequence[Sequence[int]] | None = None
-) -> Float[Tensor, "n d"]:
+def last_states(model: LanguageModel, texts: Sequence[str], positions: Positions = None) -> Float[Tensor, "n d"]:
     """The states of the last layer, which the head reads, as `collect` gives them.
 
     Those of last tokens come from the pass that gives all layers, which other callers share.

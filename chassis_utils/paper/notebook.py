@@ -156,8 +156,8 @@ class Notebook:
 
     def inputs(self, root: Path, settings: Mapping[str, Any]) -> list[Path]:
         """The files behind its results: modules reached by import, files that `settings` name, pinned versions."""
-        named = {file for value in settings.values() for file in _input_files(root, value)}
-        named |= {path for path in [root / "constraints.txt"] if path.exists()}  # other versions, other numbers
+        values = [*settings.values(), "constraints.txt"]  # other versions, other numbers
+        named = {file for value in values for file in _input_files(root, value)}
         return [*reached(self.tree, root), *sorted(named)]
 
     def content(self, root: Path, settings: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _new_results(step: Step) -> list[Path]:
     tables = {name for name, files in results.items() if name.with_suffix(".csv") in files}
     new = {name for name in tables if name in altered or not _same_table(step, name)}
     figures = (results.keys() - tables) & altered
-    if new or not all(_same_content(step, name) for name in results):
+    if new or not all(_says_the_same(step, name, but=("code", "versions")) for name in results):
         figures |= {name for name in results.keys() - tables if not _same_picture(step, name, tables_agree=not new)}
         new |= {name for name in tables if figures and _measured(step, name)}
     return [product for name in results if name in new or name in figures for product in results[name]]
@@ -145,15 +146,10 @@ def _same_picture(step: Step, name: Path, tables_agree: bool) -> bool:
     return bool(pictures[0].shape == pictures[1].shape and calculate_rms(*pictures) <= tolerance)
 
 
-def _says_the_same(step: Step, name: Path) -> bool:
+def _says_the_same(step: Step, name: Path, but: Sequence[str] = WHICH_RUN) -> bool:
     """Whether what stands beside a result is the same but for the run that made it."""
     ours, theirs = (_provenance(path) for path in (step.staged(name.with_suffix(".json")), name.with_suffix(".json")))
-    return {**ours, **dict.fromkeys(WHICH_RUN)} == {**theirs, **dict.fromkeys(WHICH_RUN)}
-
-
-def _same_content(step: Step, name: Path) -> bool:
-    ours, theirs = (_provenance(path) for path in (step.staged(name.with_suffix(".json")), name.with_suffix(".json")))
-    return ours.get("content") == theirs.get("content") and _says_the_same(step, name)
+    return ours | dict.fromkeys(but) == theirs | dict.fromkeys(but)
 
 
 def _provenance(path: Path) -> dict[str, Any]:

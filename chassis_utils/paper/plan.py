@@ -138,15 +138,13 @@ def _step(root: Path, profile: str, notebook: Notebook, values: dict[str, Any], 
             raise PlanError(f"profile {profile!r} needs the checkpoint {chosen[name]!r}, run `make models` first")
     build = root / "build" / profile
     tables, figures = result_folders(root, profile)
-    written = [tables / f"{name}{end}" for name in notebook.names_given_to("save_table", 1) for end in TABLE_SUFFIXES]
-    written += [
-        figures / f"{name}{end}" for name in notebook.names_given_to("save_figure", 1) for end in FIGURE_SUFFIXES
+    saved = (("save_table", tables, TABLE_SUFFIXES), ("save_figure", figures, FIGURE_SUFFIXES))
+    written = [
+        to / f"{name}{end}" for save, to, ends in saved for name in notebook.names_given_to(save, 1) for end in ends
     ]
-    read = [tables / f"{name}.csv" for name in notebook.names_given_to("read_table", 0)]
-    for committed in COMMITTED:
-        there, _ = result_folders(root, committed)
-        read += [there / f"{name}.csv" for name in notebook.names_given_to("read_committed", 0)]
-    read += [root / "paper" / "reported" / f"{name}.csv" for name in notebook.names_given_to("read_reported", 0)]
+    sources = [("read_table", tables), ("read_reported", root / "paper" / "reported")]
+    sources += [("read_committed", result_folders(root, committed)[0]) for committed in COMMITTED]
+    read = [folder / f"{name}.csv" for reader, folder in sources for name in notebook.names_given_to(reader, 0)]
     return Step(
         notebook=notebook.path,
         code=notebook.code,

@@ -92,7 +92,7 @@ def take(family: str, split: str, part: str, n: int, seed: int = 0) -> list[Prom
     if family == "natural":
         if split != "document":
             raise ValueError(f"split {split!r} does not apply to natural text: use 'document'")
-        return _natural(part, n, seed)
+        return _passages(read_documents(part) if part == "train" else read_unseen(part), part, n, seed)
     _check(family, (*FAMILIES, "natural"), "family")
     if split == "document":
         raise ValueError(f"split 'document' needs natural text, not the templates of {family!r}: use 'index'")
@@ -225,10 +225,6 @@ def _render(templates: dict[str, Template], i: int, split: str, part: str) -> Pr
     if split == "template":
         return Prompt(templates[name](i), name, name, part)
     return Prompt(templates[name](i), f"block {i // BLOCK:04d}", part=part)
-
-
-def _natural(part: str, n: int, seed: int) -> list[Prompt]:
-    return _passages(read_documents(part) if part == "train" else read_unseen(part), part, n, seed)
 
 
 def _passages(documents: Sequence[Document], part: str, n: int, seed: int) -> list[Prompt]:
