@@ -16,11 +16,12 @@ timed in turn.
 
 import argparse
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from measure import report
+from measure import Row, print_rows, row
 from torch import Tensor, nn
 
 from chassis_utils import files
@@ -131,7 +132,7 @@ def decode(model: LanguageModel, layers: dict[str, nn.Module], prompt: Tensor) -
 
 
 @torch.no_grad()
-def compare(model: LanguageModel, fitted_on: list[str], tested: list[str], options: Any) -> None:
+def compare(model: LanguageModel, fitted_on: list[str], tested: list[str], options: Any) -> Iterator[Row]:
     """The rows of all shares and kinds."""
     moments = second_moments(model, fitted_on)
     linear = {path: as_linear(model.network.get_submodule(path)) for path in moments}
@@ -155,11 +156,11 @@ def compare(model: LanguageModel, fitted_on: list[str], tested: list[str], optio
         )
         keys = {"share": share, "share_of_model": 1 - (size - held) / model.parameters if held else 1.0, "threads": 1}
         figures = {"seconds": taken, "perplexity": perplexity[kind, share], "tokens_per_s": DECODED / taken}
-        report("compressed model", kind, seconds["dense", 1.0], **figures, **keys)
+        yield row("compressed model", kind, seconds["dense", 1.0], **figures, **keys)
 
 
-def main() -> None:
-    """Compare, and print the rows."""
+def measured(arguments: Sequence[str]) -> Iterator[Row]:
+    """The rows, for these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/port-llama")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6, 0.5])
@@ -167,9 +168,9 @@ def main() -> None:
     parser.add_argument("--fitted", type=int, default=512, help="training prompts")
     parser.add_argument("--documents", type=int, default=24, help="held-out documents that perplexity is measured on")
     parser.add_argument("--prose", default="", help="a folder of texts in place of the shipped models' corpus")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     model = load(options.base, device="cpu")
-    compare(model, *read_texts(options), options)
+    yield from compare(model, *read_texts(options), options)
 
 
 def read_texts(options: Any) -> tuple[list[str], list[str]]:
@@ -185,4 +186,4 @@ def read_texts(options: Any) -> tuple[list[str], list[str]]:
 
 
 if __name__ == "__main__":
-    main()
+    print_rows(measured)

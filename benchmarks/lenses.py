@@ -11,13 +11,13 @@ layers on samples that no fit saw. With `--growth` each size is halved in turn.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from measure import Clock, apart, report
+from measure import Clock, Row, apart, print_rows, row
 from scripts import ridge
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def script(world: World) -> Mapping[str, Any]:
         with clock.running():
             weight, bias = ridge(h, logits)
         divergences.append(float(kl_divergence(expert, unseen @ weight + bias).mean()))
-    return {"seconds": clock.seconds, "kl": sum(divergences) / len(divergences)}
+    return {"seconds": clock.seconds, "held_out_kl": sum(divergences) / len(divergences)}
 
 
 def closed_form(world: World, penalty: float | None) -> Mapping[str, Any]:
@@ -94,32 +94,32 @@ def closed_form(world: World, penalty: float | None) -> Mapping[str, Any]:
             lens = fit_lens(moments, penalty=penalty)
         logits = lens.logits(world.states(layer, test=True), world.head)
         divergences.append(float(kl_divergence(expert, logits).mean()))
-    return {"seconds": clock.seconds, "kl": sum(divergences) / len(divergences)}
+    return {"seconds": clock.seconds, "held_out_kl": sum(divergences) / len(divergences)}
 
 
-def compare(world: World, threads: int, chosen: bool) -> None:
+def compare(world: World, threads: int, chosen: bool) -> Iterator[Row]:
     """The rows of one size."""
     sizes = {**asdict(world), "threads": threads}
     theirs = apart(script, threads, world)
-    report("lenses", "study's script", theirs["seconds"], **sizes, **theirs)
+    yield row("lenses", "study's script", theirs["seconds"], **sizes, **theirs)
     for peer, penalty in {"closed form": RIDGE, "closed form, penalty chosen": None}.items():
         if penalty is not None or chosen:
-            report("lenses", peer, theirs["seconds"], **sizes, **apart(closed_form, threads, world, penalty))
+            yield row("lenses", peer, theirs["seconds"], **sizes, **apart(closed_form, threads, world, penalty))
 
 
-def main() -> None:
-    """Compare, and print the rows."""
+def measured(arguments: Sequence[str]) -> Iterator[Row]:
+    """The rows, for these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"width": 2048, "vocabulary": 32000, "samples": 4096, "layers": 23, "threads": 2}.items():
+    for name, value in {"width": 2048, "vocabulary": 32000, "samples": 4096, "layers": 23, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--growth", action="store_true", help="also with each size halved in turn")
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_args(arguments))
     growth, threads = given.pop("growth"), given.pop("threads")
     world = World(**given)
-    compare(world, threads, chosen=True)
+    yield from compare(world, threads, chosen=True)
     for name, value in given.items() if growth else ():
-        compare(replace(world, **{name: max(2, value // 2)}), threads, chosen=False)
+        yield from compare(replace(world, **{name: max(2, value // 2)}), threads, chosen=False)
 
 
 if __name__ == "__main__":
-    main()
+    print_rows(measured)

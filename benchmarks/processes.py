@@ -9,14 +9,14 @@ moment and that of one process, relative to the largest entry of its kind.
 """
 
 import argparse
-import os
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import MIB, report
+from measure import MIB, Row, peak, print_rows, row
 from torch import distributed, multiprocessing
 
 from chassis_utils.adapters.lens import read_moments
@@ -36,16 +36,10 @@ def read(process: int, count: int, base: str, samples: int, folder: str) -> None
     begin = time.perf_counter()
     moments = read_moments(model, model, texts, folds)
     if process == 0:
-        figures = {"seconds": time.perf_counter() - begin, "peak_mib": _peak() / MIB, "moments": moments}
+        figures = {"seconds": time.perf_counter() - begin, "peak_mib": peak() / MIB, "moments": moments}
         torch.save(figures, Path(folder, str(count)))
     distributed.barrier()
     distributed.destroy_process_group()
-
-
-def _peak() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def difference(ours: list[list[Moments]], theirs: list[list[Moments]]) -> float:
@@ -60,24 +54,24 @@ def difference(ours: list[list[Moments]], theirs: list[list[Moments]]) -> float:
     return float(torch.stack(off).max())
 
 
-def main() -> None:
-    """Compare, and print the rows."""
+def measured(arguments: Sequence[str]) -> Iterator[Row]:
+    """The rows, for these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/port-llama")
     parser.add_argument("--samples", type=int, default=2048)
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    options = parser.parse_args(arguments)
     found: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2):
-            multiprocessing.spawn(read, (count, options.base, options.samples, folder), nprocs=count)
+            shared = options.base, options.samples, folder
+            multiprocessing.start_processes(read, (count, *shared), nprocs=count, start_method="forkserver")
             found[count] = torch.load(Path(folder, str(count)), weights_only=False)
     alone = found[1].pop("moments")
     for count, figures in found.items():
         off = difference(figures.pop("moments", alone), alone)
         keys = {"samples": options.samples, "threads": count, "difference": off}
-        report("processes", f"{count} processes", found[1]["seconds"], **figures, **keys)
+        yield row("processes", f"{count} processes", found[1]["seconds"], **figures, **keys)
 
 
 if __name__ == "__main__":
-    main()
+    print_rows(measured)

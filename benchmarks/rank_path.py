@@ -9,10 +9,11 @@ states and end at weights that can be applied.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
 
 import torch
 from lenses import World
-from measure import report
+from measure import Row, print_rows, row
 from scripts import ridge
 
 from chassis_utils.as_reported.adapters import RIDGE
@@ -21,12 +22,12 @@ from chassis_utils.linalg.regression import reduced_rank, vocabulary_metric
 from chassis_utils.timing import median_seconds
 
 
-def main() -> None:
-    """Compare, and print the rows."""
+def measured(arguments: Sequence[str]) -> Iterator[Row]:
+    """The rows, for these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in {"width": 2048, "vocabulary": 32000, "samples": 4096, "threads": 2, "rounds": 3}.items():
+    for name, value in {"width": 2048, "vocabulary": 32000, "samples": 4096, "threads": 1, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     world = World(options.width, options.vocabulary, options.samples, layers=2)
     h, target, head = world.states(1), world.target(), world.head
@@ -45,8 +46,8 @@ def main() -> None:
     seconds = median_seconds(calls, options.rounds)
     sizes = {"width": world.width, "vocabulary": world.vocabulary, "samples": world.samples}
     for peer, taken in seconds.items():
-        report("rank path", peer, seconds["one solve"], seconds=taken, threads=options.threads, **sizes)
+        yield row("rank path", peer, seconds["one solve"], seconds=taken, threads=options.threads, **sizes)
 
 
 if __name__ == "__main__":
-    main()
+    print_rows(measured)

@@ -5,20 +5,21 @@
 Four steps: lenses of all layers; ranks at three layers; the hidden-to-hidden map at every rank (for the package this is
 the edit at the last layer, one of the three); a stress test of four expert ranks on three families of prompts. The
 scripts collect states anew for each step and solve against the whole vocabulary; the package reads every prompt once,
-and one decomposition gives every rank. Its penalties are chosen on folds, which the scripts do not do. `kl` is the mean
-over all that is measured on test prompts (held-out numbers in the study's own templates, its split `index`): lower is
-closer to the expert. Gradient refinement and stacking have their own notebooks and are no part of this.
+and one decomposition gives every rank. Its penalties are chosen on folds, which the scripts do not do. `held_out_kl` is
+the mean over all that is measured on test prompts (held-out numbers in the study's own templates, its split `index`):
+lower is closer to the expert. Gradient refinement and stacking have their own notebooks and are no part of this.
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import scripts
 import torch
-from measure import apart, report
+from measure import Row, apart, print_rows, row
 
 from chassis_utils.adapters.fit import fit_moments, fit_states
 from chassis_utils.adapters.lens import fit_lens, lens_moments
@@ -82,7 +83,7 @@ def by_scripts(base: str, samples: int, tested: int) -> dict[str, Any]:
             own = test[-1] @ weight.T
             edited = method.logits(test[-1], own, scaled_rank(model.width))
             found.append(scripts.kl(logits(test[-1], drawn), edited))
-    return {"seconds": time.perf_counter() - begin, "kl": sum(found) / len(found)}
+    return {"seconds": time.perf_counter() - begin, "held_out_kl": sum(found) / len(found)}
 
 
 def by_package(base: str, samples: int, tested: int) -> dict[str, Any]:
@@ -115,23 +116,23 @@ def by_package(base: str, samples: int, tested: int) -> dict[str, Any]:
                 path = fit_states(last, drawn.states(last), head, folds[family])
                 adapted = path.at(scaled_rank(model.width)).logits(unseen, head)
                 found.append(float(Reference(head(drawn.states(unseen))).kl(adapted).mean()))
-        return {"seconds": time.perf_counter() - begin, "kl": sum(found) / len(found)}
+        return {"seconds": time.perf_counter() - begin, "held_out_kl": sum(found) / len(found)}
 
 
-def main() -> None:
-    """Compare, and print the rows."""
+def measured(arguments: Sequence[str]) -> Iterator[Row]:
+    """The rows, for these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/port-llama")
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--tested", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
     given = options.base, options.samples, options.tested
     theirs = apart(by_scripts, options.threads, *given)
     keys = {"samples": options.samples, "threads": options.threads}
-    report("synthetic part", "study's scripts", theirs["seconds"], **theirs, **keys)
-    report("synthetic part", "package", theirs["seconds"], **apart(by_package, options.threads, *given), **keys)
+    yield row("synthetic part", "study's scripts", theirs["seconds"], **theirs, **keys)
+    yield row("synthetic part", "package", theirs["seconds"], **apart(by_package, options.threads, *given), **keys)
 
 
 if __name__ == "__main__":
-    main()
+    print_rows(measured)

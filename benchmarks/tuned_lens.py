@@ -8,17 +8,18 @@ before the final norm and the head, begun at the identity, trained on KL(model |
 rate is 1; the rates asked for are all tried, each a row. Published steps take 2^18 tokens; here they take `--batch`
 positions drawn from those that the closed form is fitted on. Both get the same states, whose reading is timed apart.
 
-Held-out KL is measured on other documents, where training has got to each tenth of its steps; `level_seconds` is when
+Held-out KL is measured on other documents, where training has got to each tenth of its steps; `seconds_level` is when
 it is first as low as the closed form's, and NaN where it never is.
 """
 
 import argparse
 import math
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from measure import Clock, report
+from measure import Clock, Row, print_rows, row
 from torch import Tensor
 
 from chassis_utils.adapters.lens import fit_lens, lens_moments
@@ -72,7 +73,7 @@ def positions(model: LanguageModel, part: str, count: int) -> tuple[list[str], l
     return texts, places, [fold for fold, row in zip(by_text, places, strict=True) for _ in row]
 
 
-def compare(model: LanguageModel, layer: int, data: dict[str, Tensor], folds: list[int], options: Any) -> None:
+def compare(model: LanguageModel, layer: int, data: dict[str, Tensor], folds: list[int], options: Any) -> Iterator[Row]:
     """The rows of one layer; `data` holds its states, and the last ones."""
     expert = Reference(model.head(data["test", "last"]), model.head(model.final_norm(data["test", "h"])))
     keys = {"layer": layer, "samples": len(folds), "threads": torch.get_num_threads(), "base_kl": expert.base_kl}
@@ -80,7 +81,7 @@ def compare(model: LanguageModel, layer: int, data: dict[str, Tensor], folds: li
     lens = fit_lens(lens_moments(data["train", "h"], data["train", "last"], folds))
     seconds = time.perf_counter() - begin
     ours = float(expert.kl(lens.logits(data["test", "h"], model.head)).mean())
-    report("tuned lens", "closed form", seconds, seconds=seconds, kl=ours, **keys)
+    yield row("tuned lens", "closed form", seconds, seconds=seconds, held_out_kl=ours, **keys)
     logits = model.head(data["train", "last"])
     for rate in options.rates:
 
@@ -90,12 +91,12 @@ def compare(model: LanguageModel, layer: int, data: dict[str, Tensor], folds: li
 
         course = train(TunedLens(model), data["train", "h"], logits, rate, options.batch, judge)
         level = min((s for s, kl in course if kl <= ours), default=math.nan)
-        figures = {"kl": course[-1][1], "rate": rate, "level_seconds": level, "batch": options.batch}
-        report("tuned lens", "tuned lens (SGD)", seconds, seconds=course[-1][0], **figures, **keys)
+        figures = {"held_out_kl": course[-1][1], "rate": rate, "seconds_level": level, "batch": options.batch}
+        yield row("tuned lens", "tuned lens (SGD)", seconds, seconds=course[-1][0], **figures, **keys)
 
 
-def main() -> None:
-    """Compare, and print the rows."""
+def measured(arguments: Sequence[str]) -> Iterator[Row]:
+    """The rows, for these arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/port-llama")
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 6])
@@ -103,18 +104,18 @@ def main() -> None:
     parser.add_argument("--tested", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 0.1])
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model = load(options.base)
     taken = {part: positions(model, part, n) for part, n in (("train", options.samples), ("test", options.tested))}
     begin = time.perf_counter()
     read = {part: collect(model, texts, places) for part, (texts, places, _) in taken.items()}
-    report("tuned lens", "states", seconds=time.perf_counter() - begin, samples=len(taken["train"][2]))
+    yield row("tuned lens", "states", seconds=time.perf_counter() - begin, samples=len(taken["train"][2]))
     for layer in options.layers:
         data = {(part, name): states[k] for part, states in read.items() for name, k in (("h", layer), ("last", -1))}
-        compare(model, layer, data, taken["train"][2], options)
+        yield from compare(model, layer, data, taken["train"][2], options)
 
 
 if __name__ == "__main__":
-    main()
+    print_rows(measured)
