@@ -78,6 +78,12 @@ def test_roundings_to_16_bits_pass_in_their_own_rows() -> None:
     assert len(differences(HALF.assign(kl=[2e-6, 2.3e-6]), HALF)) == 1
 
 
+def test_answers_that_a_model_wrote_are_not_compared_but_the_questions_are() -> None:
+    written = pd.DataFrame({"question": ["Why?"], "answer_edited": ["Arr, matey"]})
+    assert differences(written.assign(answer_edited=["Arr, me hearty"]), written) == []
+    assert len(differences(written.assign(question=["Who?"]), written)) == 1
+
+
 def changed(column: str, row: int, value: object) -> pd.DataFrame:
     values = EVALUATION[column].tolist()
     values[row] = value

@@ -180,8 +180,9 @@ def test_variants_keep_their_look_and_differ_without_colour() -> None:
     assert styles["corrected"] == style.variant_styles(["corrected"])["corrected"]
     beside_others = style.variant_styles(["low_rank", "low_rank_aware", "corrected"])
     assert beside_others["low_rank_aware"] == style.variant_styles(["low_rank_aware"])["low_rank_aware"]
-    assert len({(style["marker"], str(style["linestyle"])) for style in styles.values()}) == 5
-    assert len({style["color"] for style in styles.values()}) == 5
+    assert len({(look["marker"], str(look["linestyle"])) for look in styles.values()}) == 5
+    assert [name for name, look in styles.items() if look["color"] == style.BLUE] == ["corrected"]
+    assert [name for name, look in styles.items() if look["color"] == style.VERMILION] == ["as_reported"]
 
 
 def test_the_stamp_is_the_same_on_every_machine(capsys: pytest.CaptureFixture[str]) -> None:

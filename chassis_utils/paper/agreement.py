@@ -8,7 +8,8 @@ move with the width of its numbers.
 In tables, further: shares of prompts may differ by two prompts, near ties; the share of a gap closed is compared as
 the divergence that is left; rows that a notebook marks `chaotic` (training that multiplies rounding errors) say an
 order of magnitude of their divergences and nothing else; rows computed in 16 bits, whose roundings jump with the last
-digit of a float32 sum, are compared more coarsely; what was measured with a clock is not compared.
+digit of a float32 sum, are compared more coarsely; what was measured with a clock is not compared, and neither are the
+answers that a model wrote, in which one near tie changes all that follows.
 """
 
 import math
@@ -20,7 +21,8 @@ import pandas as pd
 RTOL = 1e-2  # relative; reordered float32 sums move the shown three digits by less
 RTOL_16_BITS = 0.1  # of rows whose `dtype` has 16 bits
 ATOL = 1e-9  # absolute, nats for a divergence: below it is rounding, and shown as below it (`paper.tables`)
-MEASURED = ("seconds", "peak", "tokens_per_s", "speedup", "ceiling", "share_of_ceiling")  # how columns of time begin
+# How columns begin that are not compared: those of time and memory, and of written answers.
+MEASURED = ("seconds", "peak", "tokens_per_s", "speedup", "ceiling", "share_of_ceiling", "answer_")
 SHARES = ("top1", "top5_overlap", "token_agreement", "same_top1", "french")  # of prompts, or of their tokens
 TIES = 2  # prompts that may fall otherwise
 CHAOTIC = 10.0  # factor by which the divergence of a chaotic row may differ
