@@ -7,7 +7,7 @@ inputs that it has in the untouched model (second moments S of them, gathered in
 
 - `SVD`: the low-rank layer nearest to the weights, which looks at no text;
 - `activation-aware SVD`: the low-rank layer nearest on S, the whitening of SVD-LLM (arXiv 2403.07378);
-- `block-circulant`: blocks of two, where the share is a half, nearest on S (exact at every frequency);
+- `block-circulant`: blocks of two, which hold half of the weights, nearest on S (exact at every frequency);
 - `circulant and low rank`: blocks of `--block`, and low rank with what is left of the weights, fitted in turns.
 
 Perplexity is that of a token of held-out documents, tokens per second those of decoding with a cache, on one thread,
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from chassis_utils import files
 from chassis_utils.circulant.layer import BlockCirculantLinear, average
-from chassis_utils.circulant.low_rank import LowRankLinear, low_rank
+from chassis_utils.circulant.low_rank import LowRankLinear
 from chassis_utils.circulant.patch import as_linear, mlp_projections, patch
 from chassis_utils.lm.bits_per_byte import bits_per_byte
 from chassis_utils.lm.forward import batches, pad
@@ -35,7 +35,6 @@ from chassis_utils.text import corpus, prompts
 from chassis_utils.timing import median_seconds
 
 DAMPING = 1e-4  # of second moments, times their mean eigenvalue
-TURNS = 3  # of circulant and low rank
 LONGEST = 1000  # characters of a training text
 DECODED = 16  # tokens that are timed behind a prompt of 64
 
@@ -82,12 +81,14 @@ def rank_of(linear: nn.Linear, share: float) -> int:
     return max(0, int(share * linear.weight.numel() / sum(linear.weight.shape)))
 
 
-def aware_low_rank(weight: Tensor, s: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors (up, down) of the matrix of that rank nearest to `weight` on S = L L^T: W L truncated, times L^-1."""
-    root = torch.linalg.cholesky(s)
+def factors(weight: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Factors (up, down) whose first r columns and rows are nearest to `weight` at rank r: plainly, or on S = L L^T.
+
+    The second is W L truncated, times L^-1.
+    """
+    root = torch.eye(weight.shape[1]).double() if s is None else torch.linalg.cholesky(s)
     u, values, vt = torch.linalg.svd(weight @ root, full_matrices=False)
-    down = torch.linalg.solve_triangular(root, vt[:rank], upper=False, left=False)
-    return u[:, :rank] * values[:rank], down
+    return u * values, torch.linalg.solve_triangular(root, vt, upper=False, left=False)
 
 
 def aware_circulant(weight: Tensor, s: Tensor, block: int) -> Tensor:
@@ -102,27 +103,28 @@ def circulant_layer(linear: nn.Linear, c: Tensor) -> BlockCirculantLinear:
     return BlockCirculantLinear.of(linear, c.to(linear.weight.dtype), torch.zeros(linear.out_features))
 
 
-def both(linear: nn.Linear, s: Tensor, share: float, block: int) -> Sum:
+def both(linear: nn.Linear, s: Tensor, share: float, options: Any) -> Sum:
     """Circulant blocks and low rank, each fitted in turn to what the other leaves."""
-    weight = linear.weight.detach().double()
-    rank, low = rank_of(linear, share - 1 / block), torch.zeros_like(weight)
-    for _ in range(TURNS):
-        circulant = circulant_layer(linear, aware_circulant(weight - low, s, block))
-        up, down = aware_low_rank(weight - circulant.to_dense().double(), s, rank)
-        low = up @ down
-    return Sum(circulant, LowRankLinear.of(linear, down, up, None))
+    weight = linear.weight.double()
+    rank, low = rank_of(linear, share - 1 / options.block), torch.zeros_like(weight)
+    for _ in range(options.turns):
+        circulant = circulant_layer(linear, aware_circulant(weight - low, s, options.block))
+        up, down = factors(weight - circulant.to_dense().double(), s)
+        low = up[:, :rank] @ down[:rank]
+    return Sum(circulant, LowRankLinear.of(linear, down[:rank], up[:, :rank], None))
 
 
-def replaced(kind: str, linear: nn.Linear, s: Tensor, share: float, block: int) -> nn.Module:
-    """One projection of one kind."""
-    if kind == "SVD":
-        return low_rank(linear, rank_of(linear, share))
-    if kind == "activation-aware SVD":
-        up, down = aware_low_rank(linear.weight.detach().double(), s, rank_of(linear, share))
-        return LowRankLinear.of(linear, down, up, None)
-    if kind == "block-circulant":
-        return circulant_layer(linear, aware_circulant(linear.weight.detach().double(), s, 2))
-    return both(linear, s, share, block)
+def of_share(linear: nn.Linear, s: Tensor, options: Any) -> dict[tuple[str, float], nn.Module]:
+    """The layers of every kind and share that take the place of one projection."""
+    weight, made = linear.weight.double(), {}
+    for kind, (up, down) in {"SVD": factors(weight), "activation-aware SVD": factors(weight, s)}.items():
+        for share in options.shares:
+            rank = rank_of(linear, share)
+            made[kind, share] = LowRankLinear.of(linear, down[:rank], up[:, :rank], None)
+    for share in options.shares:
+        made["circulant and low rank", share] = both(linear, s, share, options)
+    made["block-circulant", 0.5] = circulant_layer(linear, aware_circulant(weight, s, 2))
+    return made
 
 
 def decode(model: LanguageModel, layers: dict[str, nn.Module], prompt: Tensor) -> None:
@@ -137,11 +139,9 @@ def compare(model: LanguageModel, fitted_on: list[str], tested: list[str], optio
     moments = second_moments(model, fitted_on)
     linear = {path: as_linear(model.network.get_submodule(path)) for path in moments}
     kinds: dict[tuple[str, float], dict[str, nn.Module]] = {("dense", 1.0): {}}
-    for share in options.shares:
-        names = ["SVD", "activation-aware SVD", "circulant and low rank"] + ["block-circulant"] * (share == 0.5)
-        for kind in names:
-            layers = {p: replaced(kind, linear[p], s, share, options.block) for p, s in moments.items()}
-            kinds[kind, share] = layers
+    for path, s in moments.items():
+        for name, layer in of_share(linear[path], s, options).items():
+            kinds.setdefault(name, {})[path] = layer
     tokens, size = sum(map(len, model.encode(tested))), sum(module.weight.numel() for module in linear.values())
     prompt = torch.tensor(model.encode(tested)[0][:64])[None]
     perplexity = {}
@@ -164,11 +164,14 @@ def measured(arguments: Sequence[str]) -> Iterator[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/port-llama")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.8, 0.6, 0.5])
-    parser.add_argument("--block", type=int, default=8)
+    parser.add_argument("--block", type=int, default=8, help="size of the circulant blocks beside low rank")
+    parser.add_argument("--turns", type=int, default=3, help="of fitting circulant blocks and low rank")
+    parser.add_argument("--threads", type=int, default=1, help="of fitting; decoding is timed on one")
     parser.add_argument("--fitted", type=int, default=512, help="training prompts")
     parser.add_argument("--documents", type=int, default=24, help="held-out documents that perplexity is measured on")
     parser.add_argument("--prose", default="", help="a folder of texts in place of the shipped models' corpus")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     model = load(options.base, device="cpu")
     yield from compare(model, *read_texts(options), options)
 

@@ -113,10 +113,11 @@ def measured(arguments: Sequence[str]) -> Iterator[Row]:
     for name, value in {"width": 2048, "vocabulary": 32000, "samples": 4096, "layers": 23, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--growth", action="store_true", help="also with each size halved in turn")
+    parser.add_argument("--fixed", action="store_true", help="without choosing penalties")
     given = vars(parser.parse_args(arguments))
-    growth, threads = given.pop("growth"), given.pop("threads")
+    growth, fixed, threads = given.pop("growth"), given.pop("fixed"), given.pop("threads")
     world = World(**given)
-    yield from compare(world, threads, chosen=True)
+    yield from compare(world, threads, chosen=not fixed)
     for name, value in given.items() if growth else ():
         yield from compare(replace(world, **{name: max(2, value // 2)}), threads, chosen=False)
 

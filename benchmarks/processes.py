@@ -70,7 +70,9 @@ def measured(arguments: Sequence[str]) -> Iterator[Row]:
     for count, figures in found.items():
         off = difference(figures.pop("moments", alone), alone)
         keys = {"samples": options.samples, "threads": count, "difference": off}
-        yield row("processes", f"{count} processes", found[1]["seconds"], **figures, **keys)
+        yield row(
+            "processes", "1 process" if count == 1 else f"{count} processes", found[1]["seconds"], **figures, **keys
+        )
 
 
 if __name__ == "__main__":

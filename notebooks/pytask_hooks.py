@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 from pytask import ExecutionReport, PTask, TaskOutcome, console, hookimpl
+from pytask_parallel import ParallelBackend
 
 from chassis_utils.files import BUILD, ROOT
 from chassis_utils.paper.notebook import DEFAULT_PROFILE, PlanError
@@ -50,9 +51,13 @@ def pytask_parse_config(config: dict[str, Any]) -> None:
 
 @hookimpl
 def pytask_post_parse(config: dict[str, Any]) -> None:
-    """Give each notebook one thread when several run side by side, all cores when one does."""
+    """Give each notebook one thread when several run side by side, all cores when one does; join a Dask cluster."""
     if config["n_workers"] > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
+    if config["parallel_backend"] == ParallelBackend.DASK and os.environ.get("DASK_SCHEDULER_ADDRESS"):
+        from distributed import Client  # a second to import, for those alone who have a cluster
+
+        Client()  # of the scheduler at that address; pytask-parallel takes the client that there is
 
 
 @hookimpl(tryfirst=True)

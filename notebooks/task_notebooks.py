@@ -6,19 +6,15 @@ The profile is the environment variable PROFILE.
 
 import json
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import cloudpickle
 from pytask import PythonNode, mark, task
 
 from chassis_utils.files import ROOT
 from chassis_utils.paper.notebook import DEFAULT_PROFILE
 from chassis_utils.paper.pipeline import compile_paper, run_notebook
 from chassis_utils.paper.plan import COMMITTED, Step, plan
-
-# Workers cannot import a task file: pytask names it by its path.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 PROFILE = os.environ.get("PROFILE", DEFAULT_PROFILE)
 STEPS = plan(ROOT, PROFILE)
@@ -27,6 +23,13 @@ STEPS = plan(ROOT, PROFILE)
 LONG = ("11", "24", "26", "28", "34", "41")
 SHORT = ("00", "20", "21", "27", "30", "50")
 ORDER = dict.fromkeys(LONG, mark.try_first) | dict.fromkeys(SHORT, mark.try_last)
+
+
+def sent_by_value(function: Callable[..., None]) -> Callable[..., None]:
+    """Workers cannot import a task file, which pytask names by its path; what is of `__main__` they need not import."""
+    function.__module__ = "__main__"
+    return function
+
 
 for current in STEPS:
     code = PythonNode(name="code", value=current.code, hash=True)
@@ -41,6 +44,7 @@ for current in STEPS:
         },
     )
     @ORDER.get(current.notebook.stem[:2], lambda function: function)
+    @sent_by_value
     def _(step: Step, depends_on: dict[str, object], produces: list[Path]) -> None:
         run_notebook(step)
 
@@ -55,5 +59,6 @@ if PROFILE in COMMITTED and (PAPER / "paper.typ").exists():
     }
 
     @task(name="paper", kwargs={"depends_on": sorted(written | stored), "produces": PAPER / "paper.pdf"})
+    @sent_by_value
     def _(depends_on: list[Path], produces: Path) -> None:
         compile_paper(ROOT)

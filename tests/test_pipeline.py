@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import nbformat
 import psutil
 import pytest
+from distributed import LocalCluster
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from chassis_utils.files import ROOT
@@ -117,6 +118,26 @@ def altered(project: Path) -> list[str]:
 def append(path: Path, text: str) -> None:
     """Change a file."""
     path.write_text(path.read_text() + text)
+
+
+def test_runs_on_a_cluster(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(project))  # of the workers
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", cluster.scheduler_address)
+        assert "2  Succeeded" in run(project, "--parallel-backend", "dask", "--n-workers", "2")
+    assert (table(project, "first"), table(project, "second")) == ("1", "11")
+    assert would_run(project) == set()
+
+
+def test_a_notebook_whose_worker_dies_begins_anew_on_another(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dying = "import os, psutil\nfrom chassis_utils.files import ROOT\nonce = ROOT / 'died'"
+    kill = "if not once.exists():\n    once.touch()\n    psutil.Process(os.getpid()).parent().kill()"
+    write_notebook(project, "00_first", [*FIRST, dying, kill])
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", cluster.scheduler_address)
+        assert "2  Succeeded" in run(project, "--parallel-backend", "dask", "--n-workers", "2")
+    assert (project / "died").exists()
 
 
 def test_runs_what_has_changed_and_keeps_the_last_good_results(project: Path) -> None:
