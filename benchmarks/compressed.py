@@ -28,6 +28,7 @@ from chassis_utils import files
 from chassis_utils.circulant.layer import BlockCirculantLinear, average
 from chassis_utils.circulant.low_rank import LowRankLinear
 from chassis_utils.circulant.patch import as_linear, mlp_projections, patch
+from chassis_utils.linalg.regression import solve_symmetric
 from chassis_utils.lm.bits_per_byte import bits_per_byte
 from chassis_utils.lm.forward import batches, pad
 from chassis_utils.lm.model import LanguageModel, load
@@ -94,7 +95,7 @@ def factors(weight: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor]:
 def aware_circulant(weight: Tensor, s: Tensor, block: int) -> Tensor:
     """The first columns of the circulant blocks nearest to `weight` on S: P(W S) P(S)^-1, solved at each frequency."""
     ws, ss = (torch.fft.rfft(average(matrix, block)).permute(2, 0, 1) for matrix in (weight @ s, s))
-    solved = torch.linalg.solve(ss, ws, left=False)
+    solved = torch.stack([solve_symmetric(each, wanted.mH).mH for each, wanted in zip(ss, ws, strict=True)])
     return torch.fft.irfft(solved.permute(1, 2, 0), n=block)
 
 

@@ -83,7 +83,7 @@ def projection() -> tuple[nn.Linear, torch.Tensor]:
 
 def error(linear: nn.Linear, s: torch.Tensor, weight: torch.Tensor) -> float:
     """Squared error of the outputs on inputs with these second moments."""
-    off = weight.double() - linear.weight.double()
+    off = (weight - linear.weight).detach().double()
     return float((off @ s * off).sum())
 
 
