@@ -10,7 +10,7 @@ from torch import nn
 from chassis_utils.adapters.lens import lens_moments, read_moments
 from chassis_utils.as_reported.adapters import layer_lens
 from chassis_utils.files import ROOT
-from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.model import LanguageModel, load
 from chassis_utils.lm.states import collect
 from chassis_utils.text import prompts
 
@@ -22,6 +22,12 @@ import processes
 import scripts
 
 
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    """The shipped base."""
+    return load("models/port-llama")
+
+
 def test_moments_of_one_pass_are_those_of_collected_states(model: LanguageModel) -> None:
     chosen = prompts.take("natural", "document", "train", 60)
     texts, folds = prompts.texts(chosen), prompts.fold_numbers(chosen)
@@ -29,7 +35,8 @@ def test_moments_of_one_pass_are_those_of_collected_states(model: LanguageModel)
     for layer, read in enumerate(read_moments(model, model, texts, folds)):
         for one, other in zip(read, lens_moments(states[layer], states[-1], folds), strict=True):
             for kind in ("n", "x_sum", "y_sum", "xx", "xy", "yy"):
-                torch.testing.assert_close(getattr(one, kind), getattr(other, kind), rtol=1e-6, atol=1e-4)
+                ours, theirs = getattr(one, kind), getattr(other, kind)
+                assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()  # float32 passes, other batches
 
 
 def test_folds_that_are_not_one_for_each_text_are_refused(model: LanguageModel) -> None:

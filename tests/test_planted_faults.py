@@ -85,7 +85,7 @@ EDITS = {  # what is edited by hand -> the file, and how
     "a claim in a notebook": ("notebooks/50_port.ipynb", swap("are followed exactly", "are missed")),
     "a verdict": ("notebooks/50_port.ipynb", swap(r"bit-identical to those", "different from those")),
     "a shown table": ("notebooks/50_port.ipynb", swap(r"<td>synthetic</td>", "<td>bridged</td>")),
-    "a literal number": ("paper/paper.typ", swap("on our small models", "on our small models (1.2e-7)")),
+    "a literal number": ("paper/paper.typ", swap("On the small models", "On the small models (1.2e-7)")),
 }
 BINARY = ["figures/port.png", "figures/port.pdf", "paper/paper.pdf"]
 
