@@ -70,9 +70,9 @@ def by_scripts(base: str, samples: int, tested: int) -> dict[str, Any]:
         found += [scripts.kl(truth, method.logits(test[layer], own, scaled_rank(model.width, r))) for r in RANKS]
     train, test = read("mixed")  # hidden to hidden
     truth = logits(test[-1], expert)
+    mapped, bias = scripts.ridge(train[-1], expert.states(train[-1]).float())
+    u, s, vt = torch.linalg.svd(mapped)
     for rank in RANKS:
-        mapped, bias = scripts.ridge(train[-1], expert.states(train[-1]).float())
-        u, s, vt = torch.linalg.svd(mapped)
         r = scaled_rank(model.width, rank)
         found.append(scripts.kl(truth, (test[-1] + test[-1] @ (u[:, :r] * s[:r]) @ vt[:r] + bias) @ weight.T))
     for expert_rank in EXPERT_RANKS:  # stress test

@@ -83,12 +83,12 @@ def compare(model: LanguageModel, layer: int, data: dict[str, Tensor], folds: li
     ours = float(expert.kl(lens.logits(data["test", "h"], model.head)).mean())
     yield row("tuned lens", "closed form", seconds, seconds=seconds, held_out_kl=ours, **keys)
     logits = model.head(data["train", "last"])
+
+    @torch.inference_mode()
+    def judge(trained: TunedLens) -> float:
+        return float(expert.kl(trained(data["test", "h"])).mean())
+
     for rate in options.rates:
-
-        @torch.inference_mode()
-        def judge(trained: TunedLens) -> float:
-            return float(expert.kl(trained(data["test", "h"])).mean())
-
         course = train(TunedLens(model), data["train", "h"], logits, rate, options.batch, judge)
         level = min((s for s, kl in course if kl <= ours), default=math.nan)
         figures = {"held_out_kl": course[-1][1], "rate": rate, "seconds_level": level, "batch": options.batch}

@@ -44,6 +44,11 @@ def test_folds_that_are_not_one_for_each_text_are_refused(model: LanguageModel) 
         read_moments(model, model, ["one", "two"], [0])
 
 
+def test_an_expert_that_cuts_texts_otherwise_is_refused(model: LanguageModel) -> None:
+    with pytest.raises(ValueError, match="cuts these texts into other tokens than 'models/port-llama'"):
+        read_moments(model, load("models/expert-phi"), ["What is two and two?"], [0])
+
+
 def test_two_processes_add_up_to_one() -> None:
     one, two = processes.measured(["--samples", "64"])
     assert (one["peer"], two["peer"]) == ("1 process", "2 processes")

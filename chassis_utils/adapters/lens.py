@@ -73,12 +73,14 @@ def read_moments(
 
     Layers 0 to `depth` in one pass of each model (one pass in all where the two are the same). Of several processes
     each reads its share of the batches, which are those of one process, and all return the sums. Raises `ValueError`
-    for texts that either model cannot read and folds that are not one for each text, `MemoryError` where the moments
-    do not fit.
+    for texts that either model cannot read or that the two cut differently and folds that are not one for each text,
+    `MemoryError` where the moments do not fit.
     """
     if len(folds) != len(texts):
         raise ValueError(f"{len(folds)} folds for {len(texts)} texts: give one for each text")
     ids = encode(base, texts)
+    if expert is not base and encode(expert, texts) != ids:
+        raise ValueError(f"{expert.name!r} cuts these texts into other tokens than {base.name!r}: give a sibling of it")
     size = (base.depth + 1) * len(set(folds)) * 8 * (base.width + expert.width) ** 2
     require_memory(size, f"moments of {base.depth + 1} layers and {len(set(folds))} folds", "use fewer folds")
     parts = [
