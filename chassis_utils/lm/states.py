@@ -2,11 +2,13 @@
 
 Prompts are padded on the right and masked, whatever the tokenizer's default, and states are read at real tokens, so a
 batch gives what each prompt alone gives. Layer 0 is the embeddings, the last is the state after the final norm: the
-head's input. Computed once: stored by the content of model and prompts in `build/cache/`, under a lock, so that
-notebooks running side by side share one pass. Cost: one forward pass per prompt; n * layers * width numbers.
+head's input. Computed once: stored by the content of model and prompts in `build/cache/`, under a lock, `PART` texts to
+a file, so that notebooks running side by side share one pass, also where one of them reads the first of another's
+texts. Cost: one forward pass per prompt; n * layers * width numbers.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -22,7 +24,8 @@ from chassis_utils.lm.model import LanguageModel
 from chassis_utils.text.corpus import content_key
 
 Positions = Sequence[Sequence[int]] | None  # tokens of each text, by their number in it; or the last of each
-FORMAT = 4  # raised whenever the same inputs give other states
+FORMAT = 5  # raised whenever the same inputs give other states
+PART = 128  # texts whose states lie in one file
 
 
 def collect(
@@ -42,20 +45,20 @@ def collect(
     chosen = [[len(row) - 1] for row in ids] if positions is None else [list(row) for row in positions]
     layers = list(range(model.depth + 1)) if layers is None else list(layers)
     _check_places(model, texts, ids, chosen, layers)
-    made_by = f"{FORMAT} {model.made_with}"
-    stored = CACHE / f"states-{content_key(f'{made_by} {ids} {chosen} {layers}')}"
-
-    def read_all() -> bytes:
-        count = sum(map(len, chosen))
-        size = len(layers) * count * model.width * model.network.dtype.itemsize
-        remedy = "use fewer prompts or a smaller model"
-        require_memory(2 * size, f"the states of {count} tokens", remedy)  # once more while they are written
-        require_disk(size, CACHE, f"the states of {count} tokens")
-        read = _read(model, ids, chosen, layers)
-        _check_finite(read, layers, [text for text, row in zip(texts, chosen, strict=True) for _ in row])
-        return save({"states": read})
-
-    return load(cached(stored, read_all))["states"]
+    parts = [slice(start, start + PART) for start in range(0, len(ids), PART)]
+    files = [CACHE / f"states-{content_key(_inputs(model, ids[part], chosen[part], layers))}" for part in parts]
+    size = len(layers) * sum(map(len, chosen)) * model.width * model.network.dtype.itemsize
+    purpose, remedy = f"the states of {sum(map(len, chosen))} tokens", "use fewer prompts or a smaller model"
+    require_memory(2 * size, purpose, remedy)  # once more while they are put together
+    if not all(file.exists() for file in files):
+        require_disk(size, CACHE, purpose)
+    read = []
+    with tqdm(total=len(ids), desc=f"states of {model.name}", disable=None, leave=False) as bar:
+        for part, file in zip(parts, files, strict=True):
+            made = partial(_read, model, texts[part], ids[part], chosen[part], layers)
+            read.append(load(cached(file, made))["states"])
+            bar.update(len(ids[part]))
+    return torch.cat(read, dim=1)
 
 
 def last_states(model: LanguageModel, texts: Sequence[str], positions: Positions = None) -> Float[Tensor, "n d"]:
@@ -82,23 +85,26 @@ def _check_places(
             raise ValueError(f"position {outside[0]} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
 
 
+def _inputs(model: LanguageModel, ids: list[list[int]], chosen: list[list[int]], layers: list[int]) -> str:
+    return f"{FORMAT} {model.made_with} {ids} {chosen} {layers}"
+
+
 @torch.inference_mode()
 def _read(
-    model: LanguageModel, ids: list[list[int]], chosen: list[list[int]], layers: list[int]
-) -> Float[Tensor, "layers n d"]:
+    model: LanguageModel, texts: Sequence[str], ids: list[list[int]], chosen: list[list[int]], layers: list[int]
+) -> bytes:
     starts = list(accumulate((len(places) for places in chosen), initial=0))  # of each text's rows in the result
     read = torch.empty(len(layers), starts[-1], model.width, dtype=model.network.dtype)
-    with tqdm(total=len(ids), desc=f"states of {model.name}", disable=None, leave=False) as bar:
-        for batch in batches(ids):
-            padded, mask = pad([ids[k] for k in batch], model.device)
-            states = layer_states(model, padded, attention_mask=mask, use_cache=False)
-            rows = torch.tensor([row for row, k in enumerate(batch) for _ in chosen[k]], dtype=torch.long)
-            places = torch.tensor([place for k in batch for place in chosen[k]], dtype=torch.long)
-            targets = [starts[k] + j for k in batch for j in range(len(chosen[k]))]
-            for number, layer in enumerate(layers):
-                read[number, targets] = states[layer][rows, places].cpu()
-            bar.update(len(batch))
-    return read
+    for batch in batches(ids):
+        padded, mask = pad([ids[k] for k in batch], model.device)
+        states = layer_states(model, padded, attention_mask=mask, use_cache=False)
+        rows = torch.tensor([row for row, k in enumerate(batch) for _ in chosen[k]], dtype=torch.long)
+        places = torch.tensor([place for k in batch for place in chosen[k]], dtype=torch.long)
+        targets = [starts[k] + j for k in batch for j in range(len(chosen[k]))]
+        for number, layer in enumerate(layers):
+            read[number, targets] = states[layer][rows, places].cpu()
+    _check_finite(read, layers, [text for text, row in zip(texts, chosen, strict=True) for _ in row])
+    return save({"states": read})
 
 
 def _check_finite(read: Float[Tensor, "layers n d"], layers: list[int], texts: Sequence[str]) -> None:
