@@ -93,6 +93,20 @@ def test_equal_content_is_computed_once(tiny_gpt2: LanguageModel, monkeypatch: p
         collect(tiny_gpt2, TEXTS, [[0]] * len(TEXTS))
 
 
+def test_the_first_texts_of_others_are_not_read_again(
+    tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"Text number {number}" for number in range(2 * states.PART + 1)]
+    whole, own, parts = collect(tiny_gpt2, texts), states._read, []
+    monkeypatch.setattr(
+        states, "_read", lambda model, texts, *rest: parts.append(list(texts)) or own(model, texts, *rest)
+    )
+    assert torch.equal(collect(tiny_gpt2, texts[: states.PART]), whole[:, : states.PART])
+    assert parts == []
+    torch.testing.assert_close(collect(tiny_gpt2, texts[: states.PART + 2]), whole[:, : states.PART + 2])
+    assert parts == [texts[states.PART : states.PART + 2]]
+
+
 def test_other_weights_have_their_own_states(tiny_gpt2: LanguageModel, tiny_phi: LanguageModel) -> None:
     assert not torch.equal(collect(tiny_gpt2, TEXTS), collect(tiny_phi, TEXTS))
 

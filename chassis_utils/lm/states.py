@@ -4,12 +4,14 @@ Prompts are padded on the right and masked, whatever the tokenizer's default, an
 batch gives what each prompt alone gives. Layer 0 is the embeddings, the last is the state after the final norm: the
 head's input. Computed once: stored by the content of model and prompts in `build/cache/`, under a lock, `PART` texts to
 a file, so that notebooks running side by side share one pass, also where one of them reads the first of another's
-texts. Cost: one forward pass per prompt; n * layers * width numbers.
+texts. Each takes the files in an order of its own, so that two that need the same ones seldom wait for each other.
+Cost: one forward pass per prompt; n * layers * width numbers.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
+from random import Random
 
 import torch
 from jaxtyping import Float
@@ -52,13 +54,14 @@ def collect(
     require_memory(2 * size, purpose, remedy)  # once more while they are put together
     if not all(file.exists() for file in files):
         require_disk(size, CACHE, purpose)
-    read = []
+    read: dict[int, Tensor] = {}
     with tqdm(total=len(ids), desc=f"states of {model.name}", disable=None, leave=False) as bar:
-        for part, file in zip(parts, files, strict=True):
+        for number in Random().sample(range(len(parts)), len(parts)):
+            part = parts[number]
             made = partial(_read, model, texts[part], ids[part], chosen[part], layers)
-            read.append(load(cached(file, made))["states"])
+            read[number] = load(cached(files[number], made))["states"]
             bar.update(len(ids[part]))
-    return torch.cat(read, dim=1)
+    return torch.cat([read[number] for number in range(len(parts))], dim=1)
 
 
 def last_states(model: LanguageModel, texts: Sequence[str], positions: Positions = None) -> Float[Tensor, "n d"]:
