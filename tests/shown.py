@@ -18,7 +18,6 @@ from chassis_utils.paper.agreement import texts_agree
 from chassis_utils.paper.consistency import pictures, table_disagreements
 from chassis_utils.paper.notebook import Notebook, numbered_notebooks
 
-TIMED = ("benchmarks", "depth_seconds", "fft_speed")  # figures of seconds: `make paper` draws them for each machine
 ROW, CELL = re.compile(r"<tr.*?>(.*?)</tr>", re.DOTALL), re.compile(r"<t[hd].*?>(.*?)</t[hd]>", re.DOTALL)
 
 
@@ -33,12 +32,11 @@ def notebook_disagreements(root: Path, path: Path) -> list[str]:
     found = []
     for cell in nbformat.read(path, as_version=4).cells:
         for name, output in pictures(path, cell):
-            stored = (root / "figures" / f"{name}.png").read_bytes()
-            if name not in TIMED and base64.b64decode(output.data["image/png"]) != stored:
+            if base64.b64decode(output.data["image/png"]) != (root / "figures" / f"{name}.png").read_bytes():
                 found.append(f"{path.name}: the picture in cell {cell.id} is not figures/{name}.png")
         for name, head, body in shown_tables(path, cell):
-            table = tables.readable(tables.read(root / "paper" / "tables" / f"{name}.csv"))
-            wrong = [row[0] for row in body if set(head) <= set(table) and not _is_row(row, table[head])]
+            stored = tables.readable(tables.read(root / "paper" / "tables" / f"{name}.csv"))
+            wrong = [row[0] for row in body if set(head) <= set(stored) and not _is_row(row, stored[head])]
             found += [f"{path.name}: row {row} shown in cell {cell.id} is not that of {name}.csv" for row in wrong]
     return found
 

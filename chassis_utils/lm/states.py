@@ -48,7 +48,8 @@ def collect(
     layers = list(range(model.depth + 1)) if layers is None else list(layers)
     _check_places(model, texts, ids, chosen, layers)
     parts = [slice(start, start + PART) for start in range(0, len(ids), PART)]
-    files = [CACHE / f"states-{content_key(_inputs(model, ids[part], chosen[part], layers))}" for part in parts]
+    made_by = f"{FORMAT} {model.made_with}"
+    files = [CACHE / f"states-{content_key(f'{made_by} {ids[part]} {chosen[part]} {layers}')}" for part in parts]
     size = len(layers) * sum(map(len, chosen)) * model.width * model.network.dtype.itemsize
     purpose, remedy = f"the states of {sum(map(len, chosen))} tokens", "use fewer prompts or a smaller model"
     require_memory(2 * size, purpose, remedy)  # once more while they are put together
@@ -86,10 +87,6 @@ def _check_places(
         outside = [place for place in places if place not in range(len(row))]
         if outside:
             raise ValueError(f"position {outside[0]} lies outside the {len(row)} tokens of prompt {text[:40]!r}")
-
-
-def _inputs(model: LanguageModel, ids: list[list[int]], chosen: list[list[int]], layers: list[int]) -> str:
-    return f"{FORMAT} {model.made_with} {ids} {chosen} {layers}"
 
 
 @torch.inference_mode()
