@@ -28,6 +28,7 @@ from chassis_utils import files
 from chassis_utils.circulant.layer import BlockCirculantLinear, average
 from chassis_utils.circulant.low_rank import LowRankLinear
 from chassis_utils.circulant.patch import as_linear, mlp_projections, patch
+from chassis_utils.linalg.moments import gram_matrix
 from chassis_utils.linalg.regression import solve_symmetric
 from chassis_utils.lm.bits_per_byte import bits_per_byte
 from chassis_utils.lm.forward import batches, pad
@@ -62,8 +63,7 @@ def second_moments(model: LanguageModel, texts: list[str]) -> dict[str, Tensor]:
     kept: list[Tensor] = []
 
     def add(path: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0][kept[-1]].double()
-        sums[path] += x.T @ x
+        sums[path] += gram_matrix(inputs[0][kept[-1]])
 
     hooks = [module.register_forward_pre_hook(partial(add, path)) for path, module in read.items()]
     ids = model.encode(texts)

@@ -7,7 +7,8 @@ synthetic expert; the forward passes, which the study's scripts make anew for ea
 advantage. The script solves a d x d system against all columns of the vocabulary, in float32, from stored logits; the
 package solves it against the d coordinates of the expert's state, in float64, from moments. `chosen` is the package's
 default, with the penalty of each layer chosen on five folds. Seconds are those of fitting; KL is the mean over the
-layers on samples that no fit saw. With `--growth` each size is halved in turn.
+layers on samples that no fit saw. With `--growth` seconds are those with each size halved in turn,
+beside what the number of multiplications foretells (`script_work`, `closed_form_work`).
 """
 
 import argparse
@@ -21,7 +22,7 @@ from measure import Clock, Row, apart, print_rows, row
 from scripts import ridge
 from torch import Tensor
 
-from chassis_utils.adapters.lens import fit_lens, lens_moments
+from chassis_utils.adapters.lens import Lens, fit_lens, lens_moments
 from chassis_utils.as_reported.adapters import RIDGE
 from chassis_utils.lm.model import Head
 from chassis_utils.metrics import kl_divergence
@@ -30,6 +31,7 @@ DECAY = 0.75  # of the states' standard deviations with the number of their coor
 RANK, EDIT = 64, 0.02  # of the synthetic expert: its rank, and the size of its entries
 TESTED = 512  # samples that no lens is fitted to
 FOLDS = 5
+ROWS = 64  # whose logits are held at a time
 
 
 @dataclass(frozen=True)
@@ -84,17 +86,50 @@ def script(world: World) -> Mapping[str, Any]:
 
 def closed_form(world: World, penalty: float | None) -> Mapping[str, Any]:
     """The package's: one layer at a time, its states forgotten once its moments are known."""
-    target, expert = world.target(), world.head(world.target(test=True))
+    target = world.target()
     folds = [k % FOLDS for k in range(world.samples)] if penalty is None else [0] * world.samples
-    clock, divergences, moments = Clock(), [], None
+    clock, divergences, yy = Clock(), [], None
     for layer in range(world.layers):
         h = world.states(layer)
         with clock.running():
-            moments = lens_moments(h, target, folds, like=moments)
+            moments = lens_moments(h, target, folds, yy=yy)
+            del h
             lens = fit_lens(moments, penalty=penalty)
-        logits = lens.logits(world.states(layer, test=True), world.head)
-        divergences.append(float(kl_divergence(expert, logits).mean()))
+        yy = [part.yy for part in moments]  # the targets are those of every layer
+        del moments
+        divergences.append(_held_out_kl(world, layer, lens))
     return {"seconds": clock.seconds, "held_out_kl": sum(divergences) / len(divergences)}
+
+
+def _held_out_kl(world: World, layer: int, lens: Lens) -> float:
+    """The mean over the samples that no lens is fitted to, a few at a time."""
+    pairs = zip(world.target(test=True).split(ROWS), world.states(layer, test=True).split(ROWS), strict=True)
+    found = [kl_divergence(world.head(wanted), lens.logits(h, world.head)) for wanted, h in pairs]
+    return float(torch.cat(found).mean())
+
+
+def script_work(world: World) -> float:
+    """Multiplications of the script: Gram matrix, products with all columns, decomposition, solution."""
+    n, d, v = world.samples, world.width, world.vocabulary
+    return world.layers * (n * d**2 + n * d * v + d**3 / 3 + d**2 * v)
+
+
+def closed_form_work(world: World) -> float:
+    """Those of the package: half a Gram matrix, products with the targets, Cholesky, solution; once, the targets'."""
+    n, d = world.samples, world.width
+    return world.layers * (n * d**2 / 2 + n * d**2 + d**3 / 6 + d**3) + n * d**2 / 2
+
+
+def growth(world: World, threads: int) -> Iterator[Row]:
+    """The rows of each size halved in turn: shares of the seconds, and of the multiplications, at the given sizes."""
+    peers = {"study's script": (script, (), script_work), "closed form": (closed_form, (RIDGE,), closed_form_work)}
+    for peer, (call, more, work) in peers.items():
+        whole = apart(call, threads, world, *more)["seconds"]
+        for name, value in asdict(world).items():
+            half = replace(world, **{name: max(2, value // 2)})
+            seconds = apart(call, threads, half, *more)["seconds"]
+            shares = {"share_of_seconds": seconds / whole, "share_of_work": work(half) / work(world)}
+            yield row("growth", peer, seconds=seconds, halved=name, **asdict(half), threads=threads, **shares)
 
 
 def compare(world: World, threads: int, chosen: bool) -> Iterator[Row]:
@@ -112,14 +147,12 @@ def measured(arguments: Sequence[str]) -> Iterator[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"width": 2048, "vocabulary": 32000, "samples": 4096, "layers": 23, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--growth", action="store_true", help="also with each size halved in turn")
+    parser.add_argument("--growth", action="store_true", help="in place of this, with each size halved in turn")
     parser.add_argument("--fixed", action="store_true", help="without choosing penalties")
     given = vars(parser.parse_args(arguments))
-    growth, fixed, threads = given.pop("growth"), given.pop("fixed"), given.pop("threads")
+    halved, fixed, threads = given.pop("growth"), given.pop("fixed"), given.pop("threads")
     world = World(**given)
-    yield from compare(world, threads, chosen=not fixed)
-    for name, value in given.items() if growth else ():
-        yield from compare(replace(world, **{name: max(2, value // 2)}), threads, chosen=False)
+    yield from growth(world, threads) if halved else compare(world, threads, chosen=not fixed)
 
 
 if __name__ == "__main__":

@@ -137,9 +137,10 @@ def test_the_fit_from_a_stream_is_the_fit_from_all_at_once(seed: int, batch: int
     edit = normal(seed + 5, COUNT, WIDTH)
     metric = metric_of(head, head(h + edit))
     whole = [Moments.of(h[k::4], edit[k::4]) for k in range(4)]
-    streamed, at_once = (
-        fit_moments(folds, head, metric).at(rank).edit(h) for folds in (by_fold(h, edit, FOLDS, batch=batch), whole)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chassis_utils.linalg.moments.ROWS", batch)
+        parts = by_fold(h, edit, FOLDS)
+    streamed, at_once = (fit_moments(folds, head, metric).at(rank).edit(h) for folds in (parts, whole))
     torch.testing.assert_close(streamed, at_once, rtol=1e-6, atol=1e-6)
 
 

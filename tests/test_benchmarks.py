@@ -59,10 +59,8 @@ def test_known_targets_are_not_computed_again() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second, target = torch.randn(3, 50, 4, generator=generator)
     folds = [k % 3 for k in range(50)]
-    like = lens_moments(first, target, folds)
-    for one, other in zip(
-        lens_moments(second, target, folds, like=like), lens_moments(second, target, folds), strict=True
-    ):
+    yy = [part.yy for part in lens_moments(first, target, folds)]
+    for one, other in zip(lens_moments(second, target, folds, yy=yy), lens_moments(second, target, folds), strict=True):
         assert torch.equal(one.yy, other.yy)
         assert torch.equal(one.xy, other.xy)
 

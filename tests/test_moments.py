@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from samples import regression_data, seeds
 
-from chassis_utils.linalg.moments import Moments, by_fold, merge
+from chassis_utils.linalg.moments import Moments, by_fold, gram_matrix, merge
 from chassis_utils.linalg.regression import ridge
 
 
@@ -22,8 +22,20 @@ def assert_same(a: Moments, b: Moments, rtol: float = 1e-12) -> None:
 @given(seeds, st.integers(1, 50))
 def test_streaming_in_batches_gives_the_moments_of_all(seed: int, batch: int) -> None:
     x, y = regression_data(seed)
-    (streamed,) = by_fold(x, y, [0] * len(x), batch=batch)
-    assert_same(streamed, Moments.of(x, y))
+    whole = Moments.of(x, y)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chassis_utils.linalg.moments.ROWS", batch)
+        assert_same(Moments.of(x, y), whole)
+
+
+@given(seeds, st.integers(1, 5))
+def test_a_gram_matrix_is_the_same_and_symmetric_whatever_its_blocks_of_columns(seed: int, width: int) -> None:
+    x, _ = regression_data(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chassis_utils.linalg.moments.COLUMNS", width)
+        found = gram_matrix(x)
+    torch.testing.assert_close(found, x.T @ x)
+    assert torch.equal(found, found.T)
 
 
 @given(seeds, st.data())

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from chassis_utils.adapters.lora import LoRA, digest, injected
 from chassis_utils.experts.sibling import Sibling
 from chassis_utils.limits import require_memory
+from chassis_utils.linalg.moments import gram_matrix
 from chassis_utils.lm.forward import batches, encode, pad
 from chassis_utils.lm.model import LanguageModel
 
@@ -97,8 +98,8 @@ def _grams(
             return
         if inputs[0].numel() != now["real"].numel() * inputs[0].shape[-1]:
             raise ValueError(f"{path!r} reads only some of the tokens: extraction takes no mixtures of experts")
-        x = inputs[0].reshape(*now["real"].shape, -1)[now["real"]].double()
-        grams[path] = x.T @ x if path not in grams else grams[path].add_(x.T @ x)
+        x = inputs[0].reshape(*now["real"].shape, -1)[now["real"]]
+        grams[path] = gram_matrix(x) if path not in grams else grams[path].add_(gram_matrix(x))
         now.update(input=inputs[0], path=path)
 
     with ExitStack() as hooks:

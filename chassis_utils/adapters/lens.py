@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chassis_utils.limits import require_memory
-from chassis_utils.linalg.moments import Moments, by_fold, merge, processes
+from chassis_utils.linalg.moments import Moments, by_fold, gram_matrix, merge, over_processes, processes
 from chassis_utils.linalg.regression import LinearMap, choose_penalty, ridge
 from chassis_utils.lm.forward import at_ends, batches, encode, layer_states, pad
 from chassis_utils.lm.model import Head, LanguageModel
@@ -48,10 +48,10 @@ def lens_moments(
     target: Shaped[Tensor, "n d"],
     folds: Sequence[int],
     edit: bool = False,
-    like: Sequence[Moments] | None = None,
+    yy: Sequence[Float64[Tensor, "d d"]] | None = None,
 ) -> list[Moments]:
-    """Per-fold moments of a lens from `h` to `target` states, or to the edit `target - h`; `like` as of `by_fold`."""
-    return by_fold(h, target.double() - h.double() if edit else target, folds, like)
+    """Per-fold moments of a lens from `h` to `target` states, or to the edit `target - h`; `yy` as of `by_fold`."""
+    return by_fold(h, target.double() - h.double() if edit else target, folds, yy)
 
 
 def fit_lens(
@@ -84,25 +84,28 @@ def read_moments(
     size = (base.depth + 1) * len(set(folds)) * 8 * (base.width + expert.width) ** 2
     require_memory(size, f"moments of {base.depth + 1} layers and {len(set(folds))} folds", "use fewer folds")
     parts = [
-        _moments_of(base, expert, [row for row, own in zip(ids, folds, strict=True) if own == fold])
-        for fold in sorted(set(folds))
+        over_processes(_moments_of(base, expert, [row for row, own in zip(ids, folds, strict=True) if own == fold], k))
+        for k, fold in enumerate(sorted(set(folds)))
     ]
-    return [[part.over_processes() for part in layer] for layer in zip(*parts, strict=True)]
+    return [list(layer) for layer in zip(*parts, strict=True)]
 
 
 @torch.inference_mode()
-def _moments_of(base: LanguageModel, expert: LanguageModel, ids: list[list[int]]) -> list[Moments]:
-    """This process's moments of each layer; it holds the states of `WAITING` texts at most, beside those of a batch."""
+def _moments_of(base: LanguageModel, expert: LanguageModel, ids: list[list[int]], turn: int) -> list[Moments]:
+    """This process's moments of each layer; it holds the states of `WAITING` texts at most, beside those of a batch.
+
+    The process that begins is another in each `turn`, so that none has the longer share of every fold.
+    """
     nothing, (process, count) = (torch.zeros(0, base.width), torch.zeros(0, expert.width)), processes()
     sums, waiting = [Moments.of(*nothing)] * (base.depth + 1), list[tuple[Tensor, Tensor]]()
-    planned = list(batches(ids))[process::count]
+    planned = list(batches(ids))[(process + turn) % count :: count]
     for number, batch in enumerate(tqdm(planned, desc=f"moments of {base.name}", disable=None, leave=False), start=1):
         rows = [ids[k] for k in batch]
         own = _last_tokens(base, rows)
         waiting.append((own, own[-1] if expert is base else _last_tokens(expert, rows)[-1]))
         if sum(len(target) for _, target in waiting) >= WAITING or number == len(planned):
             states, targets = (torch.cat(part, dim=-2) for part in zip(*waiting, strict=True))
-            yy = targets.double().T @ targets.double()
+            yy = gram_matrix(targets)
             sums = [total + Moments.of(h, targets, yy) for total, h in zip(sums, states, strict=True)]
             waiting = []
     return sums

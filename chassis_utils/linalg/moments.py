@@ -7,11 +7,14 @@ is one subtraction. Memory: d_x^2 + d_x d_y + d_y^2 numbers, whatever n; cost: n
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor, distributed
+
+ROWS = 1024  # of which a float64 copy is held at a time
+COLUMNS = 128  # of a block, whose product with itself and those after it is one call
 
 
 @dataclass(frozen=True)
@@ -29,26 +32,20 @@ class Moments:
     def of(
         cls, x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"], yy: Float64[Tensor, "d_y d_y"] | None = None
     ) -> "Moments":
-        """The moments of one batch, `yy` where it is known; `ValueError` where a row holds NaN or infinity."""
+        """The moments of these rows, `yy` where it is known; `ValueError` where a row holds NaN or infinity."""
         for name, rows in (("inputs", x), ("targets", y)):
             bad = bad_rows(rows)
             if len(bad):
                 raise ValueError(f"row {int(bad[0])} of the {name} is not finite: look at that prompt's states")
-        x, y = x.double(), y.double()
         n = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
-        return cls(n, x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.T @ y if yy is None else yy)
+        x_sum, y_sum = (rows.sum(0, dtype=torch.float64) for rows in (x, y))
+        return cls(n, x_sum, y_sum, gram_matrix(x), _cross(x, y), gram_matrix(y) if yy is None else yy)
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(*(a + b for a, b in zip(self._parts(), other._parts(), strict=True)))
 
     def __sub__(self, other: "Moments") -> "Moments":
         return Moments(*(a - b for a, b in zip(self._parts(), other._parts(), strict=True)))
-
-    def over_processes(self) -> "Moments":
-        """The sum over the processes of `torch.distributed`, the same in each; itself where there is but one."""
-        for part in self._parts() if processes()[1] > 1 else ():
-            distributed.all_reduce(part)
-        return self
 
     def _parts(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
@@ -79,10 +76,44 @@ class Moments:
         return self.yy - torch.outer(self.y_sum, self.y_mean)
 
 
+def gram_matrix(x: Shaped[Tensor, "n d"]) -> Float64[Tensor, "d d"]:
+    """x^T x, symmetric to the last digit: of two blocks of columns one product is made, not two."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in x.split(ROWS):
+        rows = rows.double()
+        for first in range(0, len(total), COLUMNS):
+            block = slice(first, first + COLUMNS)
+            total[block, first:].addmm_(rows[:, block].T, rows[:, first:])
+    return total.triu_().add_(total.triu(1).T)
+
+
+def _cross(x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"]) -> Float64[Tensor, "d_x d_y"]:
+    total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+    for some_x, some_y in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        total.addmm_(some_x.double().T, some_y.double())
+    return total
+
+
 def processes() -> tuple[int, int]:
     """This process's number and how many there are: of `torch.distributed` where it runs, else 0 of 1."""
     running = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if running else (0, 1)
+
+
+def over_processes(parts: Sequence[Moments]) -> list[Moments]:
+    """The sums over the processes of `torch.distributed`, the same in each; the parts themselves where there is one.
+
+    The parts have different inputs and the same targets, so that Y^T Y is sent once.
+    """
+    if processes()[1] == 1:
+        return list(parts)
+    small = torch.stack([torch.cat([part.n[None], part.x_sum, part.y_sum]) for part in parts])
+    yy = parts[0].yy.clone()
+    for sums in (small, yy, *(each for part in parts for each in (part.xx, part.xy))):
+        distributed.all_reduce(sums)
+    sizes = [1, len(parts[0].x_sum), len(parts[0].y_sum)]
+    rows = [row.split(sizes) for row in small]
+    return [Moments(n[0], x, y, part.xx, part.xy, yy) for (n, x, y), part in zip(rows, parts, strict=True)]
 
 
 def bad_rows(rows: Shaped[Tensor, "n d"]) -> Int64[Tensor, "k"]:
@@ -104,18 +135,10 @@ def by_fold(
     x: Shaped[Tensor, "n d_x"],
     y: Shaped[Tensor, "n d_y"],
     folds: Sequence[int],
-    like: Sequence["Moments"] | None = None,
-    batch: int = 1024,
+    yy: Sequence[Float64[Tensor, "d_y d_y"]] | None = None,
 ) -> list[Moments]:
-    """One `Moments` per fold, in the order of their numbers, streamed in batches; `folds` gives each row's fold.
-
-    `like`: what this has given for other inputs and the same targets, a third of which is then not computed again.
-    """
+    """One `Moments` per fold, in the order of their numbers; `folds` gives each row's fold, `yy` what is known."""
     labels = torch.as_tensor(folds, device=x.device)
-    parts = []
-    for number, fold in enumerate(labels.unique().tolist()):
-        rows = (labels == fold).nonzero().flatten()
-        known = None if like is None else torch.zeros_like(like[number].yy)
-        part = merge(Moments.of(x[some], y[some], known) for some in rows.split(batch))
-        parts.append(part if like is None else replace(part, yy=like[number].yy))
-    return parts
+    chosen = [(labels == fold).nonzero().flatten() for fold in labels.unique().tolist()]
+    known: list[Tensor | None] = [None] * len(chosen) if yy is None else list(yy)
+    return [Moments.of(x[rows], y[rows], own) for rows, own in zip(chosen, known, strict=True)]

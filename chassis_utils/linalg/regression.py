@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float64, Inexact, Shaped
 from torch import Tensor
 
-from chassis_utils.linalg.moments import Moments, merge
+from chassis_utils.linalg.moments import Moments, gram_matrix, merge
 
 ROUNDING = 1e-12  # of the targets' variance: errors closer than this are equal
 INDIFFERENCE = 0.1  # of a standard error: choices whose errors are closer than that are equal
@@ -77,8 +77,9 @@ def ridge(moments: Moments, penalty: float) -> LinearMap:
     Raises `ValueError` for fewer samples than unknowns without a penalty.
     """
     check_penalty(penalty, float(moments.n), len(moments.x_sum) + 1)
-    eye = torch.eye(len(moments.x_sum), dtype=torch.float64, device=moments.xx.device)
-    weight = solve_symmetric(moments.xx_centred + penalty * eye, moments.xy_centred)
+    gram = moments.xx_centred
+    gram.diagonal().add_(penalty)
+    weight = solve_symmetric(gram, moments.xy_centred)
     return LinearMap(weight, moments.y_mean - moments.x_mean @ weight)
 
 
@@ -199,8 +200,7 @@ def vocabulary_metric(
     approximation to the Fisher form of the softmax.
     """
     w, p = unembedding.double(), mean_probabilities.double()
-    centred = w - p @ w
-    return centred.T @ (centred * p[:, None])
+    return gram_matrix((w - p @ w) * p.sqrt()[:, None])
 
 
 def check_penalty(penalty: float, samples: float, unknowns: int) -> None:
