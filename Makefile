@@ -1,10 +1,10 @@
 # paper · site · check · test · lab · refresh · models · archive · clean; each creates what it needs on first use.
 # make paper PROFILE=real      other models, see notebooks/profiles/
 # make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
-# make test NOTEBOOKS=...      nbval on these notebooks alone
+# make test NOTEBOOKS=notebooks   nbval on all notebooks, not on the quick ones alone
 
 PROFILE ?= micro
-NOTEBOOKS ?= notebooks
+NOTEBOOKS ?= $(wildcard notebooks/00_* notebooks/20_* notebooks/30_* notebooks/explore.ipynb)
 BIN := .venv/bin
 export PROFILE
 

@@ -104,6 +104,7 @@ REFUSED: dict[str, dict[str, str]] = {  # architecture -> function -> part of th
     "mamba": {"depth": NO_ATTENTION, "LoRA": NO_TARGETS, "circulant": NO_MLP},
 }
 TEXTS = ["One day a cat sat on the mat and looked at the moon.", "Go", "What is 3 + 4? Show it.", "The sum is"]
+ALIKE = [f"{TEXTS[0]} {k}" for k in range(5)]  # read together, where a model can
 PROMPTS = [Prompt(text, text) for text in TEXTS]
 MIDDLE, BLOCK = 1, 4
 close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-3)
@@ -168,6 +169,8 @@ def check_states(model: LanguageModel) -> None:
     found = collect(model, TEXTS)
     close(found, full_states(model))
     close(model.head(found[-1]), full_logits(model))
+    alike = torch.stack([full_pass(model, text)[0] for text in ALIKE], dim=1)
+    close(collect(model, ALIKE), alike)
     close(torch.cat(read_logits(model, model.encode(TEXTS), every_token=False)), full_logits(model))
 
 

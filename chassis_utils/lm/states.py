@@ -5,7 +5,8 @@ batch gives what each prompt alone gives. Layer 0 is the embeddings, the last is
 head's input. Computed once: stored by the content of model and prompts in `build/cache/`, under a lock, `PART` texts to
 a file, so that notebooks running side by side share one pass, also where one of them reads the first of another's
 texts. Each takes the files in an order of its own, so that two that need the same ones seldom wait for each other.
-Cost: one forward pass per prompt; n * layers * width numbers.
+Cost: one forward pass per prompt, of which prompts that begin alike share the beginning (`lm.tree`); n * layers * width
+numbers.
 """
 
 from collections.abc import Sequence
@@ -23,10 +24,11 @@ from chassis_utils.files import CACHE, cached
 from chassis_utils.limits import require_disk, require_memory
 from chassis_utils.lm.forward import batches, encode, layer_states, pad
 from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.tree import Tree
 from chassis_utils.text.corpus import content_key
 
 Positions = Sequence[Sequence[int]] | None  # tokens of each text, by their number in it; or the last of each
-FORMAT = 5  # raised whenever the same inputs give other states
+FORMAT = 6  # raised whenever the same inputs give other states
 PART = 128  # texts whose states lie in one file
 
 
@@ -95,7 +97,13 @@ def _read(
 ) -> bytes:
     starts = list(accumulate((len(places) for places in chosen), initial=0))  # of each text's rows in the result
     read = torch.empty(len(layers), starts[-1], model.width, dtype=model.network.dtype)
-    for batch in batches(ids):
+    together = Tree.of(ids)
+    if shared := together.suits(model):
+        states = together.states(model)
+        nodes = [path[place] for path, places in zip(together.nodes, chosen, strict=True) for place in places]
+        for number, layer in enumerate(layers):
+            read[number] = states[layer][nodes].cpu()
+    for batch in () if shared else batches(ids):
         padded, mask = pad([ids[k] for k in batch], model.device)
         states = layer_states(model, padded, attention_mask=mask, use_cache=False)
         rows = torch.tensor([row for row, k in enumerate(batch) for _ in chosen[k]], dtype=torch.long)
