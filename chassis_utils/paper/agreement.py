@@ -22,7 +22,7 @@ RTOL = 1e-2  # relative; reordered float32 sums move the shown three digits by l
 RTOL_16_BITS = 0.1  # of rows whose `dtype` has 16 bits
 ATOL = 1e-9  # absolute, nats for a divergence: below it is rounding, and shown as below it (`paper.tables`)
 # How columns begin that are not compared: those of time and memory, and of written answers.
-MEASURED = ("seconds", "peak", "tokens_per_s", "speedup", "ceiling", "share_of_ceiling", "answer_")
+MEASURED = ("seconds", "peak", "tokens_per_s", "speedup", "ceiling", "share_of_ceiling", "share_of_seconds", "answer_")
 SHARES = ("top1", "top5_overlap", "token_agreement", "same_top1", "french")  # of prompts, or of their tokens
 TIES = 2  # prompts that may fall otherwise
 CHAOTIC = 10.0  # factor by which the divergence of a chaotic row may differ
