@@ -1,4 +1,4 @@
-# paper · site · check · test · lab · refresh · models · archive · clean; each creates what it needs on first use.
+# install · paper · site · check · test · lab · refresh · models · archive · clean; each creates what it needs on first use.
 # make paper PROFILE=real      other models, see notebooks/profiles/
 # make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
 # make test NOTEBOOKS=notebooks   nbval on all notebooks, not on the quick ones alone

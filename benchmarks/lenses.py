@@ -12,9 +12,9 @@ beside what the number of multiplications foretells (`script_work`, `closed_form
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from measure import Clock, Row, apart, print_rows, row
 from scripts import ridge
 from torch import Tensor
 
-from chassis_utils.adapters.lens import Lens, fit_lens, lens_moments
+from chassis_utils.adapters.lens import fit_lens, lens_moments
 from chassis_utils.as_reported.adapters import RIDGE
 from chassis_utils.lm.model import Head
 from chassis_utils.metrics import kl_divergence
@@ -74,13 +74,12 @@ def _seeded(seed: int) -> torch.Generator:
 def script(world: World) -> Mapping[str, Any]:
     """The study's: states of all layers and logits of all samples held, float32, one solve for each layer."""
     states = [world.states(layer) for layer in range(world.layers)]
-    tested = [world.states(layer, test=True) for layer in range(world.layers)]
-    logits, expert = world.head(world.target()), world.head(world.target(test=True))
+    logits = world.head(world.target())
     clock, divergences = Clock(), []
-    for h, unseen in zip(states, tested, strict=True):
+    for layer, h in enumerate(states):
         with clock.running():
             weight, bias = ridge(h, logits)
-        divergences.append(float(kl_divergence(expert, unseen @ weight + bias).mean()))
+        divergences.append(_held_out_kl(world, layer, partial(torch.addmm, bias, mat2=weight)))
     return {"seconds": clock.seconds, "held_out_kl": sum(divergences) / len(divergences)}
 
 
@@ -97,14 +96,14 @@ def closed_form(world: World, penalty: float | None) -> Mapping[str, Any]:
             lens = fit_lens(moments, penalty=penalty)
         yy = [part.yy for part in moments]  # the targets are those of every layer
         del moments
-        divergences.append(_held_out_kl(world, layer, lens))
+        divergences.append(_held_out_kl(world, layer, partial(lens.logits, head=world.head)))
     return {"seconds": clock.seconds, "held_out_kl": sum(divergences) / len(divergences)}
 
 
-def _held_out_kl(world: World, layer: int, lens: Lens) -> float:
-    """The mean over the samples that no lens is fitted to, a few at a time."""
+def _held_out_kl(world: World, layer: int, logits: Callable[[Tensor], Tensor]) -> float:
+    """The mean over the samples that no lens is fitted to, a few at a time, whose states `logits` reads."""
     pairs = zip(world.target(test=True).split(ROWS), world.states(layer, test=True).split(ROWS), strict=True)
-    found = [kl_divergence(world.head(wanted), lens.logits(h, world.head)) for wanted, h in pairs]
+    found = [kl_divergence(world.head(wanted), logits(h)) for wanted, h in pairs]
     return float(torch.cat(found).mean())
 
 

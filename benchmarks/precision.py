@@ -2,10 +2,10 @@
 
     python benchmarks/precision.py --base models/port-llama
 
-Only the passes differ: both are summed into float64 moments. The target is the last state. `held_out_kl` is the mean
-over the layers, at the states that the float32 network has at prompts of other documents; `difference` is the largest
-one between any moment and that of the float32 passes, relative to the largest entry of its kind. Seconds are those of
-the passes and sums.
+The network with its weights and states is in one precision or the other; what it gives is summed into float64 moments.
+The target is its own last state. `held_out_kl` is the mean over all layers but the last, at the states that the float32
+network has at prompts of other documents; `difference` is the largest difference between any moment and that of the
+float32 passes, relative to the largest entry of its kind. Seconds are those of the passes and sums.
 """
 
 import argparse

@@ -49,8 +49,9 @@ def test_an_expert_that_cuts_texts_otherwise_is_refused(model: LanguageModel) ->
         read_moments(model, load("models/expert-phi"), ["What is two and two?"], [0])
 
 
-def test_two_processes_add_up_to_one() -> None:
-    one, two = processes.measured(["--samples", "64"])
+@pytest.mark.parametrize("samples", [64, 6])  # with six, a process has no batch of some folds
+def test_two_processes_add_up_to_one(samples: int) -> None:
+    one, two = processes.measured(["--samples", str(samples)])
     assert (one["peer"], two["peer"]) == ("1 process", "2 processes")
     assert two["difference"] < 1e-12
 
@@ -62,6 +63,7 @@ def test_known_targets_are_not_computed_again() -> None:
     yy = [part.yy for part in lens_moments(first, target, folds)]
     for one, other in zip(lens_moments(second, target, folds, yy=yy), lens_moments(second, target, folds), strict=True):
         assert torch.equal(one.yy, other.yy)
+        assert any(one.yy is known for known in yy)
         assert torch.equal(one.xy, other.xy)
 
 

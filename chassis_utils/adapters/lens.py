@@ -51,7 +51,9 @@ def lens_moments(
     yy: Sequence[Float64[Tensor, "d d"]] | None = None,
 ) -> list[Moments]:
     """Per-fold moments of a lens from `h` to `target` states, or to the edit `target - h`; `yy` as of `by_fold`."""
-    return by_fold(h, target.double() - h.double() if edit else target, folds, yy)
+    if edit:  # whose targets are of this layer alone
+        return by_fold(h, target.double() - h.double(), folds)
+    return by_fold(h, target, folds, yy)
 
 
 def fit_lens(
@@ -84,10 +86,10 @@ def read_moments(
     size = (base.depth + 1) * len(set(folds)) * 8 * (base.width + expert.width) ** 2
     require_memory(size, f"moments of {base.depth + 1} layers and {len(set(folds))} folds", "use fewer folds")
     parts = [
-        over_processes(_moments_of(base, expert, [row for row, own in zip(ids, folds, strict=True) if own == fold], k))
-        for k, fold in enumerate(sorted(set(folds)))
+        _moments_of(base, expert, [row for row, own in zip(ids, folds, strict=True) if own == fold], turn)
+        for turn, fold in enumerate(sorted(set(folds)))
     ]
-    return [list(layer) for layer in zip(*parts, strict=True)]
+    return [list(layer) for layer in zip(*map(over_processes, parts), strict=True)]  # none waits before all is read
 
 
 @torch.inference_mode()
@@ -97,7 +99,7 @@ def _moments_of(base: LanguageModel, expert: LanguageModel, ids: list[list[int]]
     The process that begins is another in each `turn`, so that none has the longer share of every fold.
     """
     nothing, (process, count) = (torch.zeros(0, base.width), torch.zeros(0, expert.width)), processes()
-    sums, waiting = [Moments.of(*nothing)] * (base.depth + 1), list[tuple[Tensor, Tensor]]()
+    sums, waiting = [Moments.of(*nothing) for _ in range(base.depth + 1)], list[tuple[Tensor, Tensor]]()
     planned = list(batches(ids))[(process + turn) % count :: count]
     for number, batch in enumerate(tqdm(planned, desc=f"moments of {base.name}", disable=None, leave=False), start=1):
         rows = [ids[k] for k in batch]

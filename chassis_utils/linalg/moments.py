@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float64, Int64, Shaped
 from torch import Tensor, distributed
 
-ROWS = 1024  # of which a float64 copy is held at a time
+ROWS = 256  # of which a float64 copy is held at a time
 COLUMNS = 128  # of a block, whose product with itself and those after it is one call
 
 
@@ -101,7 +101,7 @@ def processes() -> tuple[int, int]:
 
 
 def over_processes(parts: Sequence[Moments]) -> list[Moments]:
-    """The sums over the processes of `torch.distributed`, the same in each; the parts themselves where there is one.
+    """The sums over the processes of `torch.distributed`, which take the place of the parts; the same in each.
 
     The parts have different inputs and the same targets, so that Y^T Y is sent once.
     """
@@ -137,8 +137,13 @@ def by_fold(
     folds: Sequence[int],
     yy: Sequence[Float64[Tensor, "d_y d_y"]] | None = None,
 ) -> list[Moments]:
-    """One `Moments` per fold, in the order of their numbers; `folds` gives each row's fold, `yy` what is known."""
+    """One `Moments` per fold, in the order of their numbers; `folds` gives each row's fold.
+
+    `yy`: Y^T Y of each fold, in that order, where these targets have been summed before.
+    """
     labels = torch.as_tensor(folds, device=x.device)
-    chosen = [(labels == fold).nonzero().flatten() for fold in labels.unique().tolist()]
+    numbers = labels.unique().tolist()
+    whole = [slice(None)]  # one fold needs no copy of its rows
+    chosen = [(labels == number).nonzero().flatten() for number in numbers] if len(numbers) > 1 else whole
     known: list[Tensor | None] = [None] * len(chosen) if yy is None else list(yy)
     return [Moments.of(x[rows], y[rows], own) for rows, own in zip(chosen, known, strict=True)]

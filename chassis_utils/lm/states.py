@@ -95,15 +95,23 @@ def _check_places(
 def _read(
     model: LanguageModel, texts: Sequence[str], ids: list[list[int]], chosen: list[list[int]], layers: list[int]
 ) -> bytes:
-    starts = list(accumulate((len(places) for places in chosen), initial=0))  # of each text's rows in the result
-    read = torch.empty(len(layers), starts[-1], model.width, dtype=model.network.dtype)
     together = Tree.of(ids)
-    if shared := together.suits(model):
+    if together.suits(model):
         states = together.states(model)
         nodes = [path[place] for path, places in zip(together.nodes, chosen, strict=True) for place in places]
-        for number, layer in enumerate(layers):
-            read[number] = states[layer][nodes].cpu()
-    for batch in () if shared else batches(ids):
+        read = torch.stack([states[layer][nodes].cpu() for layer in layers])
+    else:
+        read = _in_batches(model, ids, chosen, layers)
+    _check_finite(read, layers, [text for text, row in zip(texts, chosen, strict=True) for _ in row])
+    return save({"states": read})
+
+
+def _in_batches(
+    model: LanguageModel, ids: list[list[int]], chosen: list[list[int]], layers: list[int]
+) -> Float[Tensor, "layers n d"]:
+    starts = list(accumulate((len(places) for places in chosen), initial=0))  # of each text's rows in the result
+    read = torch.empty(len(layers), starts[-1], model.width, dtype=model.network.dtype)
+    for batch in batches(ids):
         padded, mask = pad([ids[k] for k in batch], model.device)
         states = layer_states(model, padded, attention_mask=mask, use_cache=False)
         rows = torch.tensor([row for row, k in enumerate(batch) for _ in chosen[k]], dtype=torch.long)
@@ -111,8 +119,7 @@ def _read(
         targets = [starts[k] + j for k in batch for j in range(len(chosen[k]))]
         for number, layer in enumerate(layers):
             read[number, targets] = states[layer][rows, places].cpu()
-    _check_finite(read, layers, [text for text, row in zip(texts, chosen, strict=True) for _ in row])
-    return save({"states": read})
+    return read
 
 
 def _check_finite(read: Float[Tensor, "layers n d"], layers: list[int], texts: Sequence[str]) -> None:

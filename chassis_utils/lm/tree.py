@@ -3,7 +3,7 @@
 The tokens of several prompts form a tree, with a node for each beginning. A network reads the nodes as one sequence,
 each at its own depth and seeing its ancestors alone, as drafts are verified in speculative decoding (SpecInfer, arXiv
 2305.09781); so each node has the states that it has in its prompts. Cost: one pass over the nodes, in whose attention
-each meets all of them; memory: the square of their number for the mask.
+each meets all of them. Memory: the square of their number for the mask, and for each head where attention is eager.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from chassis_utils.lm.forward import layer_states
 from chassis_utils.lm.model import LanguageModel
 
 MOST_NODES = 2048  # beyond them attention costs more than the shared tokens save
-WORTH = 2 / 3  # of the prompts' tokens: with more nodes than that, batches of similar length are as fast
+MOST_OF_TOKENS = 2 / 3  # with a larger share of them as nodes, batches of similar length are as fast
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,16 @@ class Tree:
     def suits(self, model: LanguageModel) -> bool:
         """Whether reading the tree gives what the prompts alone give, in less time.
 
-        The model has to take positions and a mask as they are given: one with rotary embeddings and attention to all
-        that comes before (within its window).
+        The model has to take positions and a mask as they are given: its embeddings of positions are rotary, and its
+        windows hold the longest prompt.
         """
         config, longest = model.network.config.get_text_config(), max(map(len, self.nodes))
         windows = (getattr(config, name, None) or math.inf for name in ("sliding_window", "attention_chunk_size"))
-        shared = len(self.tokens) <= min(MOST_NODES, WORTH * sum(map(len, self.nodes)))
+        few = len(self.tokens) <= min(MOST_NODES, MOST_OF_TOKENS * sum(map(len, self.nodes)))
         rotary = any("rotary" in name for name, _ in model.body.named_children())
-        takes = "position_ids" in inspect.signature(model.body.forward).parameters
-        return shared and longest <= min(windows) and rotary and takes and model.keeps_keys
+        rotary = rotary and not getattr(config, "alibi", False)  # Falcon has modules for both
+        takes_positions = "position_ids" in inspect.signature(model.body.forward).parameters
+        return few and longest <= min(windows) and rotary and takes_positions and model.keeps_keys
 
     def states(self, model: LanguageModel) -> list[Shaped[Tensor, "nodes d"]]:
         """The states of each layer at the nodes, as of `layer_states`."""
