@@ -7,8 +7,8 @@ synthetic expert; the forward passes, which the study's scripts make anew for ea
 advantage. The script solves a d x d system against all columns of the vocabulary, in float32, from stored logits; the
 package solves it against the d coordinates of the expert's state, in float64, from moments. `chosen` is the package's
 default, with the penalty of each layer chosen on five folds. Seconds are those of fitting; KL is the mean over the
-layers on samples that no fit saw. With `--growth` seconds are those with each size halved in turn,
-beside what the number of multiplications foretells (`script_work`, `closed_form_work`).
+layers on samples that no fit saw. With `--growth` the rows say instead what is left of the seconds when each size is
+halved in turn, beside what the number of multiplications foretells (`script_work`, `closed_form_work`).
 """
 
 import argparse
@@ -146,7 +146,7 @@ def measured(arguments: Sequence[str]) -> Iterator[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"width": 2048, "vocabulary": 32000, "samples": 4096, "layers": 23, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--growth", action="store_true", help="in place of this, with each size halved in turn")
+    parser.add_argument("--growth", action="store_true", help="instead, how seconds fall as each size is halved")
     parser.add_argument("--fixed", action="store_true", help="without choosing penalties")
     given = vars(parser.parse_args(arguments))
     halved, fixed, threads = given.pop("growth"), given.pop("fixed"), given.pop("threads")

@@ -21,7 +21,7 @@ from torch import Tensor
 from chassis_utils.adapters.lens import fit_lens, read_moments
 from chassis_utils.linalg.moments import Moments
 from chassis_utils.lm import states
-from chassis_utils.lm.model import load
+from chassis_utils.lm.model import Head, load
 from chassis_utils.metrics import Reference
 from chassis_utils.text import prompts
 
@@ -34,13 +34,11 @@ def moments_of(base: str, dtype: torch.dtype, samples: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin, "moments": moments}
 
 
-def held_out_kl(base: str, moments: list[list[Moments]], tested: int) -> float:
-    """The mean over the layers of the KL of their lenses, at float32 states of unseen prompts."""
-    model, unseen = load(base, device="cpu"), prompts.take("natural", "document", "test", tested)
-    read: Tensor = states.collect(model, prompts.texts(unseen))
-    reference = Reference(model.head(read[-1]))
-    pairs = list(zip(moments, read, strict=True))[:-1]  # that of the last layer is the identity
-    found = [reference.kl(fit_lens(folds).logits(h, model.head)).mean() for folds, h in pairs]
+def held_out_kl(moments: list[list[Moments]], unseen: Tensor, head: Head) -> float:
+    """The mean over the layers of the KL of their lenses at these states [layers, n, width]."""
+    reference = Reference(head(unseen[-1]))
+    pairs = list(zip(moments, unseen, strict=True))[:-1]  # that of the last layer is the identity
+    found = [reference.kl(fit_lens(folds).logits(h, head)).mean() for folds, h in pairs]
     return float(torch.stack(found).mean())
 
 
@@ -52,12 +50,14 @@ def measured(arguments: Sequence[str]) -> Iterator[Row]:
     parser.add_argument("--tested", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
+    model, chosen = load(options.base, device="cpu"), prompts.take("natural", "document", "test", options.tested)
+    unseen = states.collect(model, prompts.texts(chosen))
     first: Row = {}
     for dtype in (torch.float32, torch.bfloat16):
         found = apart(moments_of, options.threads, options.base, dtype, options.samples)
         first = first or dict(found)
         moments = found.pop("moments")
-        found["held_out_kl"] = held_out_kl(options.base, moments, options.tested)
+        found["held_out_kl"] = held_out_kl(moments, unseen, model.head)
         keys = {"samples": options.samples, "threads": options.threads}
         off = difference(moments, first["moments"])
         yield row("precision", str(dtype)[6:], first["seconds"], **found, **keys, difference=off)
