@@ -1,14 +1,16 @@
 """LoRA follows an expert, and the base stays as it was."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from chassis_utils.adapters.lora import equal_rank, train_lora
 from chassis_utils.lm.forward import token_logits
-from chassis_utils.lm.model import LanguageModel
+from chassis_utils.lm.model import LanguageModel, load
 from chassis_utils.lm.states import collect
 from chassis_utils.metrics import kl_divergence
 
@@ -52,3 +54,42 @@ def test_the_last_tokens_of_a_row_count_whether_the_expert_gives_states_or_logit
     for expert in (shifted, [base.head(states) for states in shifted]):
         (found,) = train_lora(base, rows, expert, 1, targets=["o_proj"], passes=1, batch=len(rows), rate=0.0)
         assert found.losses[0] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_saved_lora_is_loaded_as_its_base_with_the_lora(tiny_llama_model: LanguageModel, tmp_path: Path) -> None:
+    base = tiny_llama_model
+    targets = base.head(collect(base, PROMPTS)[-1]).flip(0).split(1)
+    *_, found = train_lora(base, base.encode(PROMPTS), targets, 2, passes=3, batch=4, rate=0.05)
+    found.save(tmp_path)
+    loaded = load(str(tmp_path))
+    assert (loaded.name, loaded.fingerprint != base.fingerprint) == (str(tmp_path), True)
+    ours = loaded.head(collect(loaded, PROMPTS)[-1])
+    torch.testing.assert_close(ours, found.logits(PROMPTS), rtol=1e-4, atol=1e-4)
+    assert float((ours - base.head(collect(base, PROMPTS)[-1])).abs().max()) > 0.1
+
+
+def test_a_lora_without_its_base_or_its_weights_says_so(tiny_llama_model: LanguageModel, tmp_path: Path) -> None:
+    base = tiny_llama_model
+    logits = base.head(collect(base, PROMPTS)[-1])
+    (found,) = train_lora(base, base.encode(PROMPTS), logits.split(1), 2, passes=1)
+    found.save(tmp_path)
+    config = tmp_path / "adapter_config.json"
+    stored = json.loads(config.read_text())
+    config.write_text(json.dumps(stored | {"base_model_name_or_path": "build/no-such-model"}))
+    with pytest.raises(ValueError, match=r"'build/no-such-model', the base of the LoRA .* neither a folder nor a hub"):
+        load(str(tmp_path))
+    config.write_text(json.dumps(stored))
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors: save it as safetensors"):
+        load(str(tmp_path))
+
+
+def test_a_lora_of_another_base_is_refused(tiny_llama_model: LanguageModel, tmp_path: Path) -> None:
+    base = tiny_llama_model
+    logits = base.head(collect(base, PROMPTS)[-1])
+    (found,) = train_lora(base, base.encode(PROMPTS), logits.split(1), 2, passes=1)
+    found.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "models/port-llama"}))
+    with pytest.raises(ValueError, match="does not fit its base"):
+        load(str(tmp_path))

@@ -181,9 +181,13 @@ def test_squared_error_from_moments_is_the_sum_over_samples(seed: int) -> None:
     assert weighted == pytest.approx(float((residual @ metric * residual).sum()), rel=1e-9)
 
 
-@given(seeds, st.integers(2, 5))
-def test_k_fold_by_subtraction_is_refitting_without_each_fold(seed: int, count: int) -> None:
+@given(seeds, st.integers(2, 5), st.booleans())
+def test_k_fold_by_subtraction_is_refitting_without_each_fold(seed: int, count: int, wide: bool) -> None:
     x, y = regression_data(seed)
+    if wide:  # more inputs than samples, which the choice is made in the span of
+        generator = torch.Generator().manual_seed(seed)
+        x = x @ torch.randn(x.shape[1], len(x) + 7, generator=generator, dtype=x.dtype)
+        x = x + 0.1 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
     metric = semidefinite(seed, 4, 3)
     labels = torch.arange(len(x)) % count
     folds = by_fold(x, y, labels.tolist())

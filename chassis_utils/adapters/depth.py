@@ -16,6 +16,7 @@ for each layer a few d^3.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -204,6 +205,11 @@ class Lesson:
         """The states that the expert's head reads for them."""
         return self.targets[self.stream.model.depth][self.answering]
 
+    @cached_property
+    def base_kl(self) -> Float64[Tensor, "m"]:
+        """`kl` without edits, which every fit with these judges asks for."""
+        return self.kl()
+
     def kl(self, edits: Mapping[int, Adapter] | None = None) -> Float64[Tensor, "m"]:
         """KL(expert || base under these edits) at each token of the answers, nats."""
         pairs = zip(self.target().split(ROWS), self.last(edits).split(ROWS), strict=True)
@@ -226,7 +232,7 @@ def fit_depth(taught: Lesson, judges: Lesson, layers: Sequence[int], rank: int) 
         taught = taught.at(layer)
         edits[layer] = taught.fit().at(rank)
         taught = taught.edited(edits[layer])
-    base, kl = judges.kl(), judges.kl(edits)
+    base, kl = judges.base_kl, judges.kl(edits)
     kept = clearly_lower(kl, base, judges.names)
     return Depth(edits if kept else {}, taught.skip, HeldOut.of(kl if kept else base, base, judges.names))
 

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chassis_utils.experts.prompted import Answered
+from chassis_utils.lm.chat import as_chat
 from chassis_utils.lm.forward import encode, written
 from chassis_utils.lm.model import LanguageModel, require_model
 from chassis_utils.lm.states import Positions, last_states
@@ -41,13 +42,14 @@ class Sibling:
         """The sibling's own logits; `ValueError` as of `states.collect`."""
         return self.model.head(last_states(self.model, texts, positions))
 
-    def read(self, texts: Sequence[str], tokens: int = 0) -> Answered:
+    def read(self, texts: Sequence[str], tokens: int = 0, chat: bool = False) -> Answered:
         """The texts as both read them, with the sibling's own greedy answers of at most so many tokens, if any.
 
         Without answers every token counts but the first of each row, where attention sinks; with them the answer's.
+        `chat` asks the texts as questions, through the base's chat template where it has one.
         Raises `ValueError` for texts that cannot be read, and those of a single token.
         """
-        rows = encode(self.base, texts)
+        rows = as_chat(self.base, texts) if chat else encode(self.base, texts)
         answers = written(self.model, rows, tokens) if tokens else [row[2:] for row in rows]
         rows = [row + answer for row, answer in zip(rows, answers, strict=True)] if tokens else rows
         if min(map(len, rows)) < 2:

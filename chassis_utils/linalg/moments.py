@@ -6,7 +6,7 @@ Moments add and subtract, so batches, processes and machines merge, and leaving 
 is one subtraction. Memory: d_x^2 + d_x d_y + d_y^2 numbers, whatever n; cost: n times that.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -76,15 +76,27 @@ class Moments:
         return self.yy - torch.outer(self.y_sum, self.y_mean)
 
 
-def gram_matrix(x: Shaped[Tensor, "n d"]) -> Float64[Tensor, "d d"]:
-    """x^T x, symmetric to the last digit: of two blocks of columns one product is made, not two."""
+def gram_matrix(x: Shaped[Tensor, "n d"], weights: Float64[Tensor, "n"] | None = None) -> Float64[Tensor, "d d"]:
+    """x^T x, symmetric to the last digit: of two blocks of columns one product is made, not two.
+
+    With `weights` p, which are probabilities, it is (x - m)^T diag(p) (x - m) about the mean m = p x.
+    """
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for rows in x.split(ROWS):
-        rows = rows.double()
+    for rows in _centred_blocks(x, weights):
         for first in range(0, len(total), COLUMNS):
             block = slice(first, first + COLUMNS)
             total[block, first:].addmm_(rows[:, block].T, rows[:, first:])
     return total.triu_().add_(total.triu(1).T)
+
+
+def _centred_blocks(x: Shaped[Tensor, "n d"], weights: Float64[Tensor, "n"] | None) -> Iterator[Tensor]:
+    """The rows in float64, some at a time, so that what is made of them stays in the processor's cache."""
+    if weights is None:
+        yield from (rows.double() for rows in x.split(ROWS))
+        return
+    parts = list(zip(x.split(ROWS), weights.split(ROWS), strict=True))
+    mean = torch.stack([own @ rows.double() for rows, own in parts]).sum(0)
+    yield from ((rows.double() - mean) * own.sqrt()[:, None] for rows, own in parts)
 
 
 def _cross(x: Shaped[Tensor, "n d_x"], y: Shaped[Tensor, "n d_y"]) -> Float64[Tensor, "d_x d_y"]:

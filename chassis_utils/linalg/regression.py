@@ -13,7 +13,7 @@ where that fails, never by an inverse. Cost: a few d^3, whatever n.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -122,9 +122,10 @@ def choose_penalty(
     Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix. Of those as good as the
     best (`choose_simplest`) the largest penalty is taken, so that no noise decides where the error is flat.
     """
+    unit = mean_eigenvalue(merge(folds)) or 1.0  # constant inputs: any penalty gives the mean
+    candidates = folds[0].xx.new_tensor([factor * unit for factor in relative])
+    folds = _in_their_span(folds)
     whole = merge(folds)
-    unit = mean_eigenvalue(whole) or 1.0  # constant inputs: any penalty gives the mean
-    candidates = whole.xx.new_tensor([factor * unit for factor in relative])
     held_out = torch.stack([_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds])
     variance = max(0.0, float(_total(whole.yy_centred, metric) / whole.n))  # of constant targets it is noise
     return choose_simplest(max, candidates.tolist(), held_out, whole.n, variance)
@@ -165,6 +166,20 @@ def choose_simplest(
     return chosen, dict(zip(candidates, (errors / n).tolist(), strict=True))
 
 
+def _in_their_span(folds: Sequence[Moments]) -> Sequence[Moments]:
+    """The same moments of as many inputs as there are samples, where these are fewer: all else of a state is zero.
+
+    The directions are eigenvectors of the inputs' Gram matrix. Ridge is indifferent to such a rotation.
+    """
+    whole = merge(folds)
+    if whole.n >= len(whole.x_sum):
+        return folds
+    basis = torch.linalg.eigh(whole.xx).eigenvectors[:, -int(whole.n) :]
+    return [
+        replace(fold, x_sum=fold.x_sum @ basis, xx=basis.T @ fold.xx @ basis, xy=basis.T @ fold.xy) for fold in folds
+    ]
+
+
 def _held_out_errors(
     rest: Moments, fold: Moments, penalties: Float64[Tensor, "k"], metric: Metric
 ) -> Float64[Tensor, "k"]:
@@ -199,8 +214,7 @@ def vocabulary_metric(
     `mean_probabilities` is the expert's mean next-token distribution, the shared
     approximation to the Fisher form of the softmax.
     """
-    w, p = unembedding.double(), mean_probabilities.double()
-    return gram_matrix((w - p @ w) * p.sqrt()[:, None])
+    return gram_matrix(unembedding, mean_probabilities.double())
 
 
 def check_penalty(penalty: float, samples: float, unknowns: int) -> None:

@@ -14,32 +14,51 @@ from transformers.utils import logging
 from chassis_utils.files import locate
 from chassis_utils.lm.tokenizer import read_json
 
+ADAPTER = "adapter_config.json"  # in a folder that peft wrote
+WEIGHTS = "*.safetensors"
+
 
 def find_folder(name: str) -> Path:
     """The folder that holds a checkpoint: local, or the hub's snapshot; checked for what loading needs."""
-    path = locate(name)
-    if not os.path.isdir(path):
-        try:
-            path = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise ValueError(
-                f"model {name!r} is neither a folder nor a hub model that can be reached: "
-                "give a folder that holds one, or a hub id and a network"
-            ) from error
-    if not list(path.glob("*.safetensors")):
+    return find_parts(name)[0]
+
+
+def find_parts(name: str) -> tuple[Path, Path | None]:
+    """The same, and beside it the folder of a LoRA: where `name` is one that peft wrote, the checkpoint is its base."""
+    path, adapter = _downloaded(name), None
+    if (path / ADAPTER).is_file():
+        name, adapter = str(read_json(path / ADAPTER).get("base_model_name_or_path")), path
+        path = _downloaded(name, f", the base of the LoRA {adapter.name!r},")
+        if not (adapter / "adapter_model.safetensors").is_file():
+            raise ValueError(f"the LoRA {adapter.name!r} has no adapter_model.safetensors: save it as safetensors")
+    if not list(path.glob(WEIGHTS)):
         pickles = [file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in path.glob(f"*.{suffix}")]
         kind = f"only a pickle ({pickles[0]}), which can run code when read" if pickles else "no weights"
         raise ValueError(f"checkpoint {name!r} holds {kind}: convert it to safetensors")
     for needed in ("config.json", "tokenizer.json"):
         if not (path / needed).is_file():
             raise ValueError(f"checkpoint {name!r} has no {needed}: save it beside the weights")
-    return path
+    return path, adapter
 
 
-def fingerprint(folder: Path) -> str:
-    """16 hex digits from the contents of config, tokenizer and weights."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
+def _downloaded(name: str, what: str = "") -> Path:
+    path = locate(name)
+    if os.path.isdir(path):
+        return path
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", WEIGHTS]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"model {name!r}{what} is neither a folder nor a hub model that can be reached: "
+            "give a folder that holds one, or a hub id and a network"
+        ) from error
+
+
+def fingerprint(folder: Path, adapter: Path | None = None) -> str:
+    """16 hex digits from the contents of config, tokenizer and weights, those of a LoRA included."""
+    digest, parts = hashlib.sha256(), sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob(WEIGHTS)])
+    parts += [] if adapter is None else [adapter / ADAPTER, adapter / "adapter_model.safetensors"]
+    for path in parts:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
@@ -83,3 +102,16 @@ def read_network(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel
             "them, or have them in other sizes: use config and weights of one model"
         )
     return network
+
+
+def add_lora(network: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The network with a LoRA added to its weights; `ValueError` where it does not belong to them."""
+    from peft import PeftModel  # seconds to import, which few need
+
+    try:
+        return PeftModel.from_pretrained(network, adapter).merge_and_unload()
+    except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the LoRA {adapter.name!r} does not fit its base ({reason}): use the one of its base"
+        ) from None

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from chassis_utils.limits import require_memory
-from chassis_utils.lm.checkpoint import check_place, find_folder, fingerprint, read_network
+from chassis_utils.lm.checkpoint import add_lora, check_place, find_parts, fingerprint, read_network
 from chassis_utils.lm.tokenizer import read_tokenizer
 from chassis_utils.text.prompts import require_texts
 
@@ -206,6 +206,8 @@ def require_model(value: object) -> None:
 def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> LanguageModel:
     """Load a frozen model by folder or hub id; `device` is CUDA where there is one unless named.
 
+    A folder that peft wrote is a LoRA: its base is loaded, and the LoRA added to the weights.
+
     >>> from chassis_utils import load
     >>> load("models/port-llama").width
     256
@@ -216,15 +218,17 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = Non
     do not fit.
     """
     check_place(dtype, device := device or default_device())
-    folder = find_folder(name)
+    folder, lora = find_parts(name)
     if not sys.stderr.isatty():  # bars have no place in notebooks and logs
         logging.disable_progress_bar()
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     size = stored * max(1, dtype.itemsize // 2)  # as if stored in half precision: the most it can grow
     require_memory(size, f"the weights of {name!r}", "use a smaller model or a smaller dtype")
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    network = read_network(folder, name, dtype).to(device).eval().requires_grad_(False)
-    model = LanguageModel(name, fingerprint(folder), network, tokenizer, _head(network))
+    network = read_network(folder, name, dtype)
+    network = network if lora is None else add_lora(network, lora)
+    network = network.to(device).eval().requires_grad_(False)
+    model = LanguageModel(name, fingerprint(folder, lora), network, tokenizer, _head(network))
     _check_head(model)
     return model
 

@@ -18,7 +18,7 @@ from typing import Any
 
 DEFAULT_PROFILE = "micro"  # the profile whose results are committed and stand in the paper
 
-MODEL_PARAMETERS = ("base", "fft_base", "expert", "sibling")  # a folder or a hub id
+MODEL_PARAMETERS = ("base", "fft_base", "expert", "sibling", "trained")  # a folder or a hub id
 PROMPT_FILES = ("_file", "outside")  # how the names of parameters end that name a file of prompts
 
 
