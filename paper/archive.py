@@ -35,7 +35,8 @@ METADATA, FREEZE = "ro-crate-metadata.json", "pip-freeze.txt"
 CONTEXT = ["https://w3id.org/ro/crate/1.1/context", {"sha256": "http://schema.org/sha256"}]
 AUTHORS, PIPELINE = "#authors", "notebooks/task_notebooks.py"
 LICENCES = {"MIT": "MIT License", "Apache-2.0": "Apache License 2.0"}  # by their names at spdx.org
-OWN_LICENCE = {"models/smollm2-arithmetic/": "Apache-2.0"}  # all else is under that of the repository
+# all else is under that of the repository
+OWN_LICENCE = dict.fromkeys(("models/smollm2-arithmetic/", "models/smollm2-french/"), "Apache-2.0")
 RESULT_ENDINGS = (".csv", ".tex", ".md", ".pdf", ".png", ".json")
 STORED = (".safetensors", ".png", ".pdf")  # compressed already
 TYPES = {".ipynb": "application/x-ipynb+json", ".typ": "text/plain", ".bib": "application/x-bibtex"} | {

@@ -13,7 +13,11 @@ import pytest
 
 from chassis_utils.files import ROOT
 
-SHIPPED = ("expert-phi/model", "port-llama/model", "sibling-math/model", "smollm2-arithmetic/adapter_model")
+CHECKPOINTS, ADAPTERS = ("expert-phi", "port-llama", "sibling-math"), ("smollm2-arithmetic", "smollm2-french")
+SHIPPED = (
+    *(f"{name}/model" for name in CHECKPOINTS),
+    *(f"{name}/adapter_model" for name in (*ADAPTERS, "port-llama-french")),
+)
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".npz")
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/<~})])/[a-z]\w*/[\w.-]+|\b[A-Z]:\\\w|file://")
 

@@ -205,10 +205,7 @@ class Lesson:
         """The states that the expert's head reads for them."""
         return self.targets[self.stream.model.depth][self.answering]
 
-    @cached_property
-    def base_kl(self) -> Float64[Tensor, "m"]:
-        """`kl` without edits, which every fit with these judges asks for."""
-        return self.kl()
+    base_kl = cached_property(lambda self: self.kl())  # of no edits, which every fit with these judges asks for
 
     def kl(self, edits: Mapping[int, Adapter] | None = None) -> Float64[Tensor, "m"]:
         """KL(expert || base under these edits) at each token of the answers, nats."""
