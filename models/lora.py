@@ -7,8 +7,9 @@
 SmolLM2 is the converted one of `make models`. The adapter alone is written to models/<name>. Arithmetic has the data of
 the micro siblings (`train.py`): pages of generated arithmetic, training docstrings beside them. A style has the base's
 own answers behind a system prompt, to questions of the groups that notebooks 32 and 33 fit on, as chats without that
-prompt. An interrupted run goes on from its stored state. Cost on two cores: four hours for arithmetic (two minutes on a
-large GPU), half an hour for SmolLM2's French, two minutes for the micro one.
+prompt; they are cut off after 48 tokens, and nothing is learned of where an answer ends. An interrupted run goes on
+from its stored state. Cost on two cores: four hours for arithmetic (two minutes on a large GPU), half an hour for
+SmolLM2's French, two minutes for the micro one.
 """
 
 import argparse

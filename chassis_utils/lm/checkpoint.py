@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -109,7 +110,9 @@ def add_lora(network: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     from peft import PeftModel  # seconds to import, which few need
 
     try:
-        return PeftModel.from_pretrained(network, adapter).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a name that peft asks for
+            return PeftModel.from_pretrained(network, adapter).merge_and_unload()
     except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
