@@ -18,6 +18,7 @@ from chassis_utils.linalg.regression import (
     mean_eigenvalue,
     reduced_rank,
     ridge,
+    solve_symmetric,
     squared_error,
     vocabulary_metric,
 )
@@ -179,6 +180,12 @@ def test_squared_error_from_moments_is_the_sum_over_samples(seed: int) -> None:
     assert error == pytest.approx(float(residual.square().sum()), rel=1e-9)
     weighted = float(squared_error(Moments.of(x, y), fitted, metric))
     assert weighted == pytest.approx(float((residual @ metric * residual).sum()), rel=1e-9)
+
+
+def test_a_pivot_of_rounding_alone_is_no_direction() -> None:
+    almost_singular = torch.diag(torch.tensor([1.0, 1e-17], dtype=torch.float64))  # which Cholesky accepts
+    found = solve_symmetric(almost_singular, torch.ones(2, 1, dtype=torch.float64))
+    assert found.flatten().tolist() == pytest.approx([1.0, 0.0])
 
 
 @given(seeds, st.integers(2, 5), st.booleans())

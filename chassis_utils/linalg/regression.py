@@ -64,7 +64,8 @@ class RankPath:
 def solve_symmetric(a: Inexact[Tensor, "d d"], b: Inexact[Tensor, "d m"]) -> Inexact[Tensor, "d m"]:
     """Solve a z = b for symmetric or Hermitian positive semidefinite a (least norm where a is singular)."""
     factor, failed = torch.linalg.cholesky_ex(a)
-    if not failed:
+    pivots = factor.diagonal().real.square()
+    if not failed and pivots.min() > len(a) * torch.finfo(pivots.dtype).eps * pivots.max():  # none is rounding alone
         return torch.cholesky_solve(b, factor)
     values, vectors = torch.linalg.eigh(a)
     keep = values > values[-1] * 100 * len(values) * torch.finfo(values.dtype).eps  # beyond what centring leaves
