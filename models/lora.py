@@ -87,8 +87,7 @@ def train(name: str) -> None:
     """Train to the end, resuming from stored state, then write the adapter and its card."""
     sibling, device = SIBLINGS[name], default_device()
     recipe, base = sibling.recipe, sibling.base
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    rows = answers(sibling) if sibling.system else windows(recipe, tokenizer)
+    rows = answers(sibling) if sibling.system else windows(recipe, Tokenizer.from_file(str(base / "tokenizer.json")))
     torch.manual_seed(recipe.seed)
     network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(device)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")

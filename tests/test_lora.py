@@ -68,28 +68,30 @@ def test_a_saved_lora_is_loaded_as_its_base_with_the_lora(tiny_llama_model: Lang
     assert float((ours - base.head(collect(base, PROMPTS)[-1])).abs().max()) > 0.1
 
 
-def test_a_lora_without_its_base_or_its_weights_says_so(tiny_llama_model: LanguageModel, tmp_path: Path) -> None:
+@pytest.fixture
+def saved(tiny_llama_model: LanguageModel, tmp_path: Path) -> Path:
+    """The folder of a LoRA that nobody has damaged yet."""
     base = tiny_llama_model
     logits = base.head(collect(base, PROMPTS)[-1])
     (found,) = train_lora(base, base.encode(PROMPTS), logits.split(1), 2, passes=1)
     found.save(tmp_path)
-    config = tmp_path / "adapter_config.json"
+    return tmp_path
+
+
+def test_a_lora_without_its_base_or_its_weights_says_so(saved: Path) -> None:
+    config = saved / "adapter_config.json"
     stored = json.loads(config.read_text())
     config.write_text(json.dumps(stored | {"base_model_name_or_path": "build/no-such-model"}))
     with pytest.raises(ValueError, match=r"'build/no-such-model', the base of the LoRA .* neither a folder nor a hub"):
-        load(str(tmp_path))
+        load(str(saved))
     config.write_text(json.dumps(stored))
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    (saved / "adapter_model.safetensors").rename(saved / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors: save it as safetensors"):
-        load(str(tmp_path))
+        load(str(saved))
 
 
-def test_a_lora_of_another_base_is_refused(tiny_llama_model: LanguageModel, tmp_path: Path) -> None:
-    base = tiny_llama_model
-    logits = base.head(collect(base, PROMPTS)[-1])
-    (found,) = train_lora(base, base.encode(PROMPTS), logits.split(1), 2, passes=1)
-    found.save(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "models/port-llama"}))
+def test_a_lora_of_another_base_is_refused(saved: Path) -> None:
+    config = json.loads((saved / "adapter_config.json").read_text())
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "models/port-llama"}))
     with pytest.raises(ValueError, match="does not fit its base"):
-        load(str(tmp_path))
+        load(str(saved))

@@ -123,10 +123,12 @@ def choose_penalty(
     Candidates are `relative` times the mean eigenvalue of all samples' Gram matrix. Of those as good as the
     best (`choose_simplest`) the largest penalty is taken, so that no noise decides where the error is flat.
     """
-    unit = mean_eigenvalue(merge(folds)) or 1.0  # constant inputs: any penalty gives the mean
-    candidates = folds[0].xx.new_tensor([factor * unit for factor in relative])
-    folds = _in_their_span(folds)
     whole = merge(folds)
+    unit = mean_eigenvalue(whole) or 1.0  # constant inputs: any penalty gives the mean
+    candidates = whole.xx.new_tensor([factor * unit for factor in relative])
+    if whole.n < len(whole.x_sum):
+        folds = _in_their_span(folds, whole)
+        whole = merge(folds)
     held_out = torch.stack([_held_out_errors(whole - fold, fold, candidates, metric) for fold in folds])
     variance = max(0.0, float(_total(whole.yy_centred, metric) / whole.n))  # of constant targets it is noise
     return choose_simplest(max, candidates.tolist(), held_out, whole.n, variance)
@@ -167,14 +169,11 @@ def choose_simplest(
     return chosen, dict(zip(candidates, (errors / n).tolist(), strict=True))
 
 
-def _in_their_span(folds: Sequence[Moments]) -> Sequence[Moments]:
-    """The same moments of as many inputs as there are samples, where these are fewer: all else of a state is zero.
+def _in_their_span(folds: Sequence[Moments], whole: Moments) -> list[Moments]:
+    """The same moments of as many inputs as there are samples in all, which are fewer: all else of a state is zero.
 
     The directions are eigenvectors of the inputs' Gram matrix. Ridge is indifferent to such a rotation.
     """
-    whole = merge(folds)
-    if whole.n >= len(whole.x_sum):
-        return folds
     basis = torch.linalg.eigh(whole.xx).eigenvectors[:, -int(whole.n) :]
     return [
         replace(fold, x_sum=fold.x_sum @ basis, xx=basis.T @ fold.xx @ basis, xy=basis.T @ fold.xy) for fold in folds
