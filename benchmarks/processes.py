@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,18 +26,21 @@ from chassis_utils.lm.model import load
 from chassis_utils.text import prompts
 
 
-def read(process: int, count: int, base: str, samples: int, folder: str) -> None:
-    """Read the share of one process; the first one stores the seconds and the sums."""
+def read(process: int, count: int, base: str, samples: int, rounds: int, folder: str) -> None:
+    """Read the share of one process; the first one stores the median of the rounds' seconds, and the sums."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder}/joined-{count}", rank=process, world_size=count)
     model = load(base, device="cpu")
     chosen = prompts.take("natural", "document", "train", samples)
     texts, folds = prompts.texts(chosen), prompts.fold_numbers(chosen)
-    distributed.barrier()
-    begin = time.perf_counter()
-    moments = read_moments(model, model, texts, folds)
+    seconds = []
+    for _ in range(rounds):
+        distributed.barrier()
+        begin = time.perf_counter()
+        moments = read_moments(model, model, texts, folds)
+        seconds.append(time.perf_counter() - begin)
     if process == 0:
-        figures = {"seconds": time.perf_counter() - begin, "peak_mib": peak() / MIB, "moments": moments}
+        figures = {"seconds": median(seconds), "peak_mib": peak() / MIB, "moments": moments}
         torch.save(figures, Path(folder, str(count)))
     distributed.barrier()
     distributed.destroy_process_group()
@@ -59,11 +63,12 @@ def measured(arguments: Sequence[str]) -> Iterator[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="models/port-llama")
     parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     found: dict[int, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in (1, 2):
-            shared = options.base, options.samples, folder
+            shared = options.base, options.samples, options.rounds, folder
             multiprocessing.start_processes(read, (count, *shared), nprocs=count, start_method="forkserver")
             found[count] = torch.load(Path(folder, str(count)), weights_only=False)
     alone = found[1].pop("moments")

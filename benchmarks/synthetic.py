@@ -13,7 +13,7 @@ lower is closer to the expert. Gradient refinement and stacking have their own n
 import argparse
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ from chassis_utils.text import prompts
 RANKS, EXPERT_RANKS = (4, 8, 16, 32, 64, 128), (16, 32, 64, 128)  # at width 2048
 LAYERS = (10, 15)  # of 22, beside the last
 FAMILIES = ("mixed", "math", "physics")
+Key = tuple[str, str]  # a family of prompts and a part, train or test
 
 
-def prepared(base: str, samples: int, tested: int) -> tuple[LanguageModel, dict[tuple[str, str], list[Any]]]:
+def prepared(base: str, samples: int, tested: int) -> tuple[LanguageModel, dict[Key, list[Any]]]:
     """The model, and the prompts of each family and part."""
     sizes = {"train": samples, "test": tested}
     data = {(f, part): prompts.take(f, "index", part, n) for f in FAMILIES for part, n in sizes.items()}
@@ -86,6 +87,13 @@ def by_scripts(base: str, samples: int, tested: int) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - begin, "held_out_kl": sum(found) / len(found)}
 
 
+def _states(model: LanguageModel, texts: Mapping[Key, list[str]]) -> dict[Key, torch.Tensor]:
+    """The states of all families, from one reading in which prompts that begin alike stand side by side."""
+    every = sorted({text for chosen in texts.values() for text in chosen})
+    read, number = states.collect(model, every), {text: k for k, text in enumerate(every)}
+    return {key: read[:, [number[text] for text in chosen]] for key, chosen in texts.items()}
+
+
 def by_package(base: str, samples: int, tested: int) -> dict[str, Any]:
     """The package's way, from an empty cache."""
     model, data = prepared(base, samples, tested)
@@ -94,7 +102,7 @@ def by_package(base: str, samples: int, tested: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         states.CACHE = Path(folder)
         begin = time.perf_counter()
-        h = {key: states.collect(model, chosen) for key, chosen in texts.items()}
+        h = _states(model, texts)
         folds = {family: prompts.fold_numbers(data[family, "train"]) for family in FAMILIES}
         train, test = h["mixed", "train"], h["mixed", "test"]
         target, reference = expert.states(train[-1]), Reference(head(expert.states(test[-1])))

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM
 
 from chassis_utils.experts.prompted import PromptedExpert
 from chassis_utils.files import BUILD, MODELS, ROOT, write_atomically
-from chassis_utils.lm.checkpoint import fingerprint
-from chassis_utils.lm.model import default_device, load
+from chassis_utils.lm.checkpoint import default_device, fingerprint
+from chassis_utils.lm.model import load
 from chassis_utils.text.corpus import content_key
 from chassis_utils.text.questions import cross
 from train import BATCH, SEQUENCE, Recipe, Run, follow, windows

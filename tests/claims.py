@@ -169,6 +169,12 @@ def prompted_expert(table: pd.DataFrame, rank: int) -> None:
     assert (table["kl"] <= table["base_kl"] + table["kl_se"]).all()  # the gate leaves nobody worse off
 
 
+def trained_style(table: pd.DataFrame, rank: int) -> None:
+    kl = table.set_index("variant")["kl"]
+    assert kl["every_block"] <= kl["last_state"] + table["kl_se"].max()
+    assert kl["last_state"] <= kl["untouched"] + table["kl_se"].max()
+
+
 def depth(table: pd.DataFrame, rank: int) -> None:
     closed = table[table["variant"].eq("closed_form")]
     assert (closed["kl"] <= closed["base_kl"] + closed["kl_se"]).all()
@@ -189,7 +195,8 @@ CLAIMS: dict[str, Callable[[pd.DataFrame, int], None]] = {
     claim.__name__: claim
     for claim in (
         *(exact_adapter, hidden_alignment, lens_kl, rank_sweep, expert_kinds, multilayer_rank_sweep, stacking),
-        *(logit_bias, same_tokenizer_expert, port, device_alongside, prompted_expert, depth, sibling_at_depth),
+        *(logit_bias, same_tokenizer_expert, port, device_alongside),
+        *(prompted_expert, trained_style, depth, sibling_at_depth),
         *(text_bridge, bridge_quality, bridge_adapter, semantic_bridge),
         *(fft_output_errors, fft_patching, fft_calibration, fft_results),
         *(hidden_to_hidden, gradient_refinement, comparison, stress_test),

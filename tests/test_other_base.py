@@ -26,6 +26,7 @@ SMALL |= {
 }
 BASE = {"base": str(STORIES), "fft_base": str(STORIES)}
 SIBLING = {"sibling": str(STORIES.parent / "llama2xs"), "n_train": 800}  # questions enough to hold some out of a third
+TRAINED = {"trained": str(STORIES.parent / "llama2xs")}
 NOTEBOOKS = numbered_notebooks(ROOT)
 PROFILE = "test-stories260k"  # results go where a profile's do, so that one notebook finds another's tables
 
@@ -44,7 +45,7 @@ def results() -> Path:
 def test_a_notebook_runs_on_another_base(path: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHASSIS_RESULTS", str(results))
     notebook = Notebook.read(path)
-    small = SMALL | BASE | (SIBLING if "sibling" in notebook.parameters else {})
+    small = SMALL | BASE | TRAINED | (SIBLING if "sibling" in notebook.parameters else {})
     parameters = {name: value for name, value in small.items() if name in notebook.parameters}
     quiet = {"progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=40"]}
     papermill.execute_notebook(path, results / path.name, parameters | {"profile": PROFILE}, **quiet)

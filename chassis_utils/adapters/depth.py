@@ -25,13 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chassis_utils.adapters.adapter import Adapter, HeldOut
-from chassis_utils.adapters.fit import AdapterPath, check_rank, fit_moments
+from chassis_utils.adapters.fit import AdapterPath, check_rank, fit_moments, pulled_back
 from chassis_utils.experts.prompted import Answered, PromptedExpert
 from chassis_utils.experts.sibling import Sibling
 from chassis_utils.files import write_together
 from chassis_utils.limits import require_memory
 from chassis_utils.linalg.moments import by_fold
-from chassis_utils.linalg.regression import solve_symmetric, vocabulary_metric
+from chassis_utils.linalg.regression import vocabulary_metric
 from chassis_utils.lm.attention import check_attention
 from chassis_utils.lm.model import ROWS, Head, LanguageModel
 from chassis_utils.lm.stream import Stream
@@ -177,22 +177,10 @@ class Lesson:
             likely = self.expert.mean_probabilities(target)
             metric = vocabulary_metric(self.head.weight, likely)
             if self.expert.fingerprint != self.head.fingerprint:
-                edits = self._pulled_back(h, target, likely)
+                pairs = zip(h.split(ROWS), target.split(ROWS), strict=True)  # the logits of all are too many at once
+                changes = (self.head.unfinish(self.expert(t)) - self.head.product(x) for x, t in pairs)
+                edits = pulled_back(changes, self.head, likely)
         return fit_moments(by_fold(h, edits, self.folds[here].tolist()), self.head, metric)
-
-    def _pulled_back(
-        self, h: Shaped[Tensor, "n d"], target: Shaped[Tensor, "n d"], likely: Float64[Tensor, "vocab"]
-    ) -> Float64[Tensor, "n d"]:
-        """The edits that come closest to the change of the logits, where the expert has a head of its own.
-
-        As `fit.state_edits`, without all logits at once.
-        """
-        w = self.head.weight.double()
-        centred = (w - likely @ w) * likely[:, None]
-        pairs = zip(h.split(ROWS), target.split(ROWS), strict=True)
-        changes = ((self.head.unfinish(self.expert(t)) - self.head.product(x)).double() for x, t in pairs)
-        pulled = torch.cat([change @ centred for change in changes])
-        return solve_symmetric(centred.T @ w, pulled.T).T
 
     def last(self, edits: Mapping[int, Adapter] | None = None) -> Shaped[Tensor, "m d"]:
         """The states that the head reads for the tokens of answers, under the edit here and further ones by layer."""

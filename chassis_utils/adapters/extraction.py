@@ -23,6 +23,7 @@ from chassis_utils.adapters.lora import LoRA, digest, injected
 from chassis_utils.experts.sibling import Sibling
 from chassis_utils.limits import require_memory
 from chassis_utils.linalg.moments import gram_matrix
+from chassis_utils.lm.checkpoint import require_weights
 from chassis_utils.lm.forward import batches, encode, pad
 from chassis_utils.lm.model import LanguageModel
 
@@ -47,6 +48,8 @@ def extract(base: LanguageModel, sibling: LanguageModel, texts: Sequence[str], r
 
 def extract_rows(base: LanguageModel, sibling: LanguageModel, rows: Sequence[list[int]], rank: int) -> LoRA:
     """The same on rows of token ids."""
+    for model in (base, sibling):
+        require_weights(model.network, f"to extract from {model.name!r}")
     paths = _changed(base, sibling, rank)
     grams = _grams(base, rows, paths)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -12,7 +12,7 @@ expert.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -202,10 +202,18 @@ def state_edits(
     diag p - p p^T, the projection under which regression on y is regression on delta. The intercept, over the whole
     vocabulary, is what the mean edit leaves of the mean change.
     """
+    edits = pulled_back([delta], head, mean_probabilities)
+    return edits, delta.double().mean(0) - edits.mean(0) @ head.weight.double().T
+
+
+def pulled_back(
+    deltas: Iterable[Shaped[Tensor, "k vocab"]], head: Head, mean_probabilities: Float64[Tensor, "vocab"]
+) -> Float64[Tensor, "n d"]:
+    """The edits alone, from the changes of some rows at a time."""
     w, p = head.weight.double(), mean_probabilities.double()
     centred = (w - p @ w) * p[:, None]
-    edits = solve_symmetric(centred.T @ w, centred.T @ delta.double().T).T
-    return edits, delta.double().mean(0) - edits.mean(0) @ w.T
+    pulled = torch.cat([delta.double() @ centred for delta in deltas])
+    return solve_symmetric(centred.T @ w, pulled.T).T
 
 
 def _check_rows(h: Tensor, wanted: Tensor, out: int, head: Head, folds: Sequence[int], chosen: bool = True) -> None:

@@ -116,4 +116,4 @@ def _moments_of(base: LanguageModel, expert: LanguageModel, ids: list[list[int]]
 def _last_tokens(model: LanguageModel, rows: list[list[int]]) -> Shaped[Tensor, "layers n d"]:
     ids, mask = pad(rows, model.device)
     states = layer_states(model, ids, attention_mask=mask, use_cache=False)
-    return torch.stack([at_ends(state, mask) for state in states]).cpu()
+    return torch.stack([at_ends(state, mask).cpu() for state in states])

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from chassis_utils.files import write_together
+from chassis_utils.lm.checkpoint import require_weights
 from chassis_utils.lm.forward import encode, pad, read_logits
 from chassis_utils.lm.model import Head, LanguageModel
 from chassis_utils.metrics import kl_loss
@@ -127,6 +128,7 @@ def train_lora(
 
 def injected(base: LanguageModel, rank: int, targets: list[str], seed: int) -> LanguageModel:
     """A copy of the base with factors of `rank`, the up ones zero, in the layers named `targets`: they alone train."""
+    require_weights(base.network, f"a LoRA of {base.name!r}")
     torch.manual_seed(seed)  # peft draws the factors
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     model = replace(base, network=inject_adapter_in_model(config, copy.deepcopy(base.network)))

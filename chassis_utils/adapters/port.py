@@ -175,8 +175,8 @@ class Port:
 
     def _prepared(self, adapter: Adapter) -> Edit:
         """Its factors as the network computes with them."""
-        weight = self._output.get_parameter("weight")
-        return Edit(adapter.down.to(weight), adapter.up.T.to(weight).contiguous(), adapter.shift.to(weight))
+        place = torch.empty(0, device=self.model.device, dtype=self._output.get_parameter("weight").dtype)
+        return Edit(adapter.down.to(place), adapter.up.T.to(place).contiguous(), adapter.shift.to(place))
 
     def _edits(self, adapter: Adapter) -> dict[Space, Edit]:
         """What it does before the head and behind it."""

@@ -28,6 +28,7 @@ from chassis_utils.circulant.patch import as_linear, mlp_projections
 from chassis_utils.files import CACHE, cached
 from chassis_utils.linalg.moments import Moments
 from chassis_utils.linalg.regression import choose_penalty
+from chassis_utils.lm.checkpoint import require_weights
 from chassis_utils.lm.model import LanguageModel
 from chassis_utils.text.corpus import content_key
 from chassis_utils.text.prompts import Prompt, fold_numbers
@@ -63,6 +64,7 @@ def replacements(
         raise ValueError(f"replacement {how!r} is unknown: use one of {', '.join((*FIXED, *FITTED))}")
     if not isinstance(layers, Iterable) or not list(layers):
         raise ValueError(f"layers {layers!r} name none to be replaced: give a list of at least one number")
+    require_weights(model.network, f"replacing MLPs of {model.name!r}")
     mlps = [mlp_projections(model.network, layer) for layer in sorted(set(layers))]
     if how == "zero":
         return {path: _nothing(as_linear(module)) for path, module in (list(mlp.items())[-1] for mlp in mlps)}

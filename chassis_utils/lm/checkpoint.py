@@ -3,12 +3,15 @@
 import hashlib
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -17,6 +20,7 @@ from chassis_utils.lm.tokenizer import read_json
 
 ADAPTER = "adapter_config.json"  # in a folder that peft wrote
 WEIGHTS = "*.safetensors"
+SPREAD = "auto"  # a device: all that there are, and the disk, as accelerate deals a network's blocks to them
 
 
 def find_folder(name: str) -> Path:
@@ -65,27 +69,40 @@ def fingerprint(folder: Path, adapter: Path | None = None) -> str:
     return digest.hexdigest()[:16]
 
 
+def default_device() -> str:
+    """`cuda` where there is a GPU, else `cpu`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_place(dtype: torch.dtype, device: str) -> None:
     """Raise `ValueError` for a dtype or a device that cannot be computed with."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"dtype {dtype} is none to compute in: use torch.float32, torch.bfloat16 or torch.float16")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=None if device == SPREAD else device)
     except (RuntimeError, AssertionError) as error:  # no such kind; torch asserts that it was built for CUDA
         reason = str(error).partition("\n")[0][:100]
         raise ValueError(
-            f"device {device!r} cannot be used ({reason}): use 'cpu', or 'cuda' where there is one"
+            f"device {device!r} cannot be used ({reason}): use 'cpu', 'auto', or 'cuda' where there is one"
         ) from None
 
 
-def read_network(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The network with all of its weights from the checkpoint; `ValueError` where config and weights do not give it."""
+def read_network(folder: Path, name: str, dtype: torch.dtype, spread: bool = False) -> PreTrainedModel:
+    """The network with all of its weights from the checkpoint; `ValueError` where config and weights do not give it.
+
+    It is on the CPU; `spread`, its blocks are on GPUs as far as these hold them, on the CPU, and the rest on the disk.
+    """
     read_json(folder / "config.json")  # says what is damaged
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # what its report says, is said below
     try:
         network, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            *(folder,),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            device_map=SPREAD if spread else None,
         )
     except SafetensorError as error:
         raise ValueError(f"the weights of {name!r} are damaged ({error}): save or download them anew") from None
@@ -103,6 +120,18 @@ def read_network(folder: Path, name: str, dtype: torch.dtype) -> PreTrainedModel
             "them, or have them in other sizes: use config and weights of one model"
         )
     return network
+
+
+def require_weights(network: PreTrainedModel, purpose: str) -> None:
+    """Raise `ValueError` where weights that `purpose` has to read or change are on the disk."""
+    if any(parameter.is_meta for parameter in network.parameters()):
+        raise ValueError(f"{purpose} needs all weights in memory, and some are on the disk: load it on one device")
+
+
+def on_cpu(module: torch.nn.Module, name: str) -> Tensor:
+    """A parameter of a module on the CPU, also where accelerate keeps it on the disk."""
+    with align_module_device(module, "cpu") if module.get_parameter(name).is_meta else nullcontext():
+        return module.get_parameter(name).detach().cpu()
 
 
 def add_lora(network: PreTrainedModel, adapter: Path) -> PreTrainedModel:

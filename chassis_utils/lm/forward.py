@@ -78,7 +78,7 @@ def pad(
 
 def at_ends(states: Shaped[Tensor, "n t d"], mask: Int[Tensor, "n t"]) -> Shaped[Tensor, "n d"]:
     """The states at the last token of each row, padded on the right."""
-    return states[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1]
+    return states[torch.arange(len(mask)), mask.sum(1).to(states.device) - 1]
 
 
 def every_position(model: LanguageModel, texts: Sequence[str]) -> list[list[int]]:

@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from chassis_utils.limits import require_memory
-from chassis_utils.lm.checkpoint import add_lora, check_place, find_parts, fingerprint, read_network
+from chassis_utils.lm import checkpoint
 from chassis_utils.lm.tokenizer import read_tokenizer
 from chassis_utils.text.prompts import require_texts
 
@@ -163,7 +163,8 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where the inputs go."""
-        return self.network.device
+        hook = getattr(self.network, "_hf_hook", None)  # of accelerate, where the weights are spread
+        return self.network.device if hook is None else torch.device(hook.execution_device)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, special tokens as the tokenizer adds them, neither padded nor cut.
@@ -206,6 +207,7 @@ def require_model(value: object) -> None:
 def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> LanguageModel:
     """Load a frozen model by folder or hub id; `device` is CUDA where there is one unless named.
 
+    With "auto", accelerate deals the blocks to GPUs, memory and disk: a model that does not fit is read block by block.
     A folder that peft wrote is a LoRA: its base is loaded, and the LoRA added to the weights.
 
     >>> from chassis_utils import load
@@ -217,18 +219,20 @@ def load(name: str, dtype: torch.dtype = torch.float32, device: str | None = Non
     model's own logits, and one that reads states of another width than the blocks'; `MemoryError` where the weights
     do not fit.
     """
-    check_place(dtype, device := device or default_device())
-    folder, lora = find_parts(name)
+    checkpoint.check_place(dtype, device := device or checkpoint.default_device())
+    (folder, lora), spread = checkpoint.find_parts(name), device == checkpoint.SPREAD
+    if spread and lora:  # peft would write the sum into the files of the base
+        raise ValueError(f"{name!r} is a LoRA, which weights that are spread do not take: name a device, or merge it")
     if not sys.stderr.isatty():  # bars have no place in notebooks and logs
         logging.disable_progress_bar()
     stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    size = stored * max(1, dtype.itemsize // 2)  # as if stored in half precision: the most it can grow
-    require_memory(size, f"the weights of {name!r}", "use a smaller model or a smaller dtype")
+    size = 0 if spread else stored * max(1, dtype.itemsize // 2)  # as if stored in halves: the most it can grow
+    require_memory(size, f"the weights of {name!r}", "use device='auto', a smaller model or a smaller dtype")
     tokenizer = read_tokenizer(folder / "tokenizer.json")
-    network = read_network(folder, name, dtype)
-    network = network if lora is None else add_lora(network, lora)
-    network = network.to(device).eval().requires_grad_(False)
-    model = LanguageModel(name, fingerprint(folder, lora), network, tokenizer, _head(network))
+    network = checkpoint.read_network(folder, name, dtype, spread)
+    network = network if lora is None else checkpoint.add_lora(network, lora)
+    network = (network if spread else network.to(device)).eval().requires_grad_(False)
+    model = LanguageModel(name, checkpoint.fingerprint(folder, lora), network, tokenizer, _head(network))
     _check_head(model)
     return model
 
@@ -245,11 +249,6 @@ def blocks_path(network: PreTrainedModel) -> str:
     raise ValueError(
         f"a {type(network).__name__} holds no list of its {depth} blocks: use a model whose blocks are in one list"
     )
-
-
-def default_device() -> str:
-    """`cuda` where there is a GPU, else `cpu`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def describe(model: LanguageModel) -> dict[str, object]:
@@ -272,8 +271,9 @@ def _head(network: PreTrainedModel) -> Head:
     output = network.get_output_embeddings()
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    bias = None if getattr(output, "bias", None) is None else output.bias.detach().cpu()
-    return Head(output.weight.detach().cpu(), bias, scale, getattr(config, "final_logit_softcapping", None))
+    weight = checkpoint.on_cpu(output, "weight")
+    bias = None if getattr(output, "bias", None) is None else checkpoint.on_cpu(output, "bias")
+    return Head(weight, bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.inference_mode()

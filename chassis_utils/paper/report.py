@@ -44,7 +44,7 @@ def stamp(name: str, namespace: Mapping[str, Any]) -> None:
     `namespace` is the notebook's `globals()` right after its parameters and imports. Raises `PlanError` for a
     parameter that the notebook does not declare, or of another type.
     """
-    from chassis_utils.lm.model import default_device  # torch takes seconds: tables can be read without
+    from chassis_utils.lm.checkpoint import default_device  # torch takes seconds: tables can be read without
 
     theme()
     shell = get_ipython()
