@@ -62,6 +62,12 @@ MOVED = {
 }
 
 
+def test_a_share_that_no_row_has_is_the_same_where_neither_has_it() -> None:
+    shares = EVALUATION.assign(top1=[1.0, 0.9, None])
+    assert differences(shares, shares) == []
+    assert len(differences(EVALUATION, shares)) == len(differences(shares, EVALUATION)) == 1
+
+
 HALF = pd.DataFrame({"dtype": ["float32", "float16"], "kl": [2e-6, 2e-6]})
 
 

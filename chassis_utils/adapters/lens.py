@@ -85,22 +85,30 @@ def read_moments(
         raise ValueError(f"{expert.name!r} cuts these texts into other tokens than {base.name!r}: give a sibling of it")
     size = (base.depth + 1) * len(set(folds)) * 8 * (base.width + expert.width) ** 2
     require_memory(size, f"moments of {base.depth + 1} layers and {len(set(folds))} folds", "use fewer folds")
-    parts = [
-        _moments_of(base, expert, [row for row, own in zip(ids, folds, strict=True) if own == fold], turn)
-        for turn, fold in enumerate(sorted(set(folds)))
-    ]
+    rows = [[row for row, own in zip(ids, folds, strict=True) if own == fold] for fold in sorted(set(folds))]
+    parts = [_moments_of(base, expert, own, planned) for own, planned in zip(rows, _planned(rows), strict=True)]
     return [list(layer) for layer in zip(*map(over_processes, parts), strict=True)]  # none waits before all is read
 
 
-@torch.inference_mode()
-def _moments_of(base: LanguageModel, expert: LanguageModel, ids: list[list[int]], turn: int) -> list[Moments]:
-    """This process's moments of each layer; it holds the states of `WAITING` texts at most, beside those of a batch.
+def _planned(folds: list[list[list[int]]]) -> list[list[list[int]]]:
+    """This process's batches of each fold's rows: the largest first, each to the process with least to do so far."""
+    (process, count), own = processes(), [list[list[int]]() for _ in folds]
+    every = ((len(b) * max(len(rows[k]) for k in b), fold, b) for fold, rows in enumerate(folds) for b in batches(rows))
+    loads = [0] * count
+    for tokens, fold, batch in sorted(every, reverse=True):
+        least = loads.index(min(loads))
+        loads[least] += tokens
+        if least == process:
+            own[fold].append(batch)
+    return own
 
-    The process that begins is another in each `turn`, so that none has the longer share of every fold.
-    """
-    nothing, (process, count) = (torch.zeros(0, base.width), torch.zeros(0, expert.width)), processes()
-    sums, waiting = [Moments.of(*nothing) for _ in range(base.depth + 1)], list[tuple[Tensor, Tensor]]()
-    planned = list(batches(ids))[(process + turn) % count :: count]
+
+@torch.inference_mode()
+def _moments_of(
+    base: LanguageModel, expert: LanguageModel, ids: list[list[int]], planned: list[list[int]]
+) -> list[Moments]:
+    """The moments of each layer; it holds the states of `WAITING` texts at most, beside those of a batch."""
+    waiting, sums = list[tuple[Tensor, Tensor]](), list[Moments]()
     for number, batch in enumerate(tqdm(planned, desc=f"moments of {base.name}", disable=None, leave=False), start=1):
         rows = [ids[k] for k in batch]
         own = _last_tokens(base, rows)
@@ -108,9 +116,10 @@ def _moments_of(base: LanguageModel, expert: LanguageModel, ids: list[list[int]]
         if sum(len(target) for _, target in waiting) >= WAITING or number == len(planned):
             states, targets = (torch.cat(part, dim=-2) for part in zip(*waiting, strict=True))
             yy = gram_matrix(targets)
-            sums = [total + Moments.of(h, targets, yy) for total, h in zip(sums, states, strict=True)]
-            waiting = []
-    return sums
+            new, waiting = [Moments.of(h, targets, yy) for h in states], []
+            sums = [a + b for a, b in zip(sums, new, strict=True)] if sums else new
+    nothing = torch.zeros(0, base.width), torch.zeros(0, expert.width)
+    return sums or [Moments.of(*nothing) for _ in range(base.depth + 1)]
 
 
 def _last_tokens(model: LanguageModel, rows: list[list[int]]) -> Shaped[Tensor, "layers n d"]:

@@ -67,7 +67,8 @@ def _equal(column: str, new: pd.DataFrame, stored: pd.DataFrame) -> np.ndarray:
         unit = stored.get("base_kl", 1.0)
         ours, theirs = (1 - ours) * unit, (1 - theirs) * unit
     if column in SHARES and "n_prompts" in stored:
-        return (ours - theirs).abs().le(TIES / stored["n_prompts"]).to_numpy()
+        near = (ours - theirs).abs().le(TIES / stored["n_prompts"])
+        return (near | (ours.isna() & theirs.isna())).to_numpy()
     rtol = np.full(len(stored), RTOL)
     if "dtype" in stored:
         rtol[stored["dtype"].isin(["float16", "bfloat16"])] = RTOL_16_BITS
