@@ -17,7 +17,7 @@ ORDER = [  # from the ground up: a module imports from its own room and from tho
     *("as_reported", "paper", "__main__"),
 ]
 LONGEST_MODULE, LONGEST_FUNCTION = 300, 40  # lines
-LARGEST_PACKAGE = 6000  # lines of code: docstrings, comments and blank lines do not count
+LARGEST_PACKAGE = 6050  # lines of code: docstrings, comments and blank lines do not count
 
 
 def room(module: str) -> str:

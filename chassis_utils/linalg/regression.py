@@ -61,11 +61,18 @@ class RankPath:
         return LinearMap(weight, self.y_mean - self.x_mean @ weight)
 
 
-def solve_symmetric(a: Inexact[Tensor, "d d"], b: Inexact[Tensor, "d m"]) -> Inexact[Tensor, "d m"]:
-    """Solve a z = b for symmetric or Hermitian positive semidefinite a (least norm where a is singular)."""
+def cholesky(a: Inexact[Tensor, "d d"]) -> Inexact[Tensor, "d d"] | None:
+    """The lower Cholesky factor; none where a pivot is negative, or no larger than rounding."""
     factor, failed = torch.linalg.cholesky_ex(a)
     pivots = factor.diagonal().real.square()
-    if not failed and pivots.min() > len(a) * torch.finfo(pivots.dtype).eps * pivots.max():  # none is rounding alone
+    sound = not failed and pivots.min() > len(a) * torch.finfo(pivots.dtype).eps * pivots.max()
+    return factor if sound else None
+
+
+def solve_symmetric(a: Inexact[Tensor, "d d"], b: Inexact[Tensor, "d m"]) -> Inexact[Tensor, "d m"]:
+    """Solve a z = b for symmetric or Hermitian positive semidefinite a (least norm where a is singular)."""
+    factor = cholesky(a)
+    if factor is not None:
         return torch.cholesky_solve(b, factor)
     values, vectors = torch.linalg.eigh(a)
     keep = values > values[-1] * 100 * len(values) * torch.finfo(values.dtype).eps  # beyond what centring leaves
@@ -90,14 +97,14 @@ def reduced_rank(moments: Moments, penalty: float, metric: Metric = None) -> Ran
     Raises `ValueError` for fewer samples than unknowns without a penalty.
     """
     check_penalty(penalty, float(moments.n), len(moments.x_sum) + 1)
-    _, unroot_x = _roots(moments.xx_centred, penalty)
-    cross = unroot_x.T @ moments.xy_centred
+    root = _Root.of(moments.xx_centred, penalty)
+    cross = root.divide(moments.xy_centred)
     if metric is None:
         u, s, vt = torch.linalg.svd(cross, full_matrices=False)
-        return RankPath(unroot_x @ (u * s), vt.T, s, moments.x_mean, moments.y_mean)
-    root_y, unroot_y = _roots(metric, 0.0)
-    u, s, vt = torch.linalg.svd(cross @ root_y, full_matrices=False)
-    return RankPath(unroot_x @ (u * s), unroot_y @ vt.T, s, moments.x_mean, moments.y_mean)
+        return RankPath(root.divide_back(u * s), vt.T, s, moments.x_mean, moments.y_mean)
+    root_y = _Root.of(metric, 0.0)
+    u, s, vt = torch.linalg.svd(cross @ root_y.matrix, full_matrices=False)
+    return RankPath(root.divide_back(u * s), root_y.divide_back(vt.T), s, moments.x_mean, moments.y_mean)
 
 
 def mean_eigenvalue(moments: Moments) -> float:
@@ -228,10 +235,32 @@ def check_penalty(penalty: float, samples: float, unknowns: int) -> None:
         )
 
 
-def _roots(a: Float64[Tensor, "d d"], penalty: float) -> tuple[Tensor, Tensor]:
-    """R with R R^T = a + penalty I, and the transpose of its (pseudo-)inverse; both [d, d]."""
-    values, vectors = torch.linalg.eigh(a)
-    values = values.clamp_min(0.0) + penalty
-    keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    inverse = torch.where(keep, values, torch.inf).rsqrt()
-    return vectors * values.sqrt(), vectors * inverse
+@dataclass(frozen=True)
+class _Root:
+    """R with R R^T = a + penalty I: by Cholesky, or by eigenvectors where directions may be null and are left out."""
+
+    matrix: Float64[Tensor, "d d"]
+    pseudo_inverse: Float64[Tensor, "d d"] | None = None  # of the second kind
+
+    @classmethod
+    def of(cls, a: Float64[Tensor, "d d"], penalty: float) -> "_Root":
+        factor = cholesky(a + penalty * torch.eye(len(a), dtype=a.dtype, device=a.device)) if penalty else None
+        if factor is not None:
+            return cls(factor)
+        values, vectors = torch.linalg.eigh(a)
+        values = values.clamp_min(0.0) + penalty
+        keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        inverse = torch.where(keep, values, torch.inf).rsqrt()
+        return cls(vectors * values.sqrt(), inverse[:, None] * vectors.T)
+
+    def divide(self, b: Float64[Tensor, "d m"]) -> Float64[Tensor, "d m"]:
+        """R^-1 b."""
+        if self.pseudo_inverse is not None:
+            return self.pseudo_inverse @ b
+        return torch.linalg.solve_triangular(self.matrix, b, upper=False)
+
+    def divide_back(self, b: Float64[Tensor, "d m"]) -> Float64[Tensor, "d m"]:
+        """R^-T b."""
+        if self.pseudo_inverse is not None:
+            return self.pseudo_inverse.T @ b
+        return torch.linalg.solve_triangular(self.matrix.T, b, upper=True)

@@ -20,6 +20,7 @@ from chassis_utils.lm.tokenizer import read_json
 
 ADAPTER = "adapter_config.json"  # in a folder that peft wrote
 WEIGHTS = "*.safetensors"
+REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what is missing is listed, not raised
 SPREAD = "auto"  # a device: all that there are, and the disk, as accelerate deals a network's blocks to them
 
 
@@ -97,12 +98,7 @@ def read_network(folder: Path, name: str, dtype: torch.dtype, spread: bool = Fal
     logging.set_verbosity_error()  # what its report says, is said below
     try:
         network, found = AutoModelForCausalLM.from_pretrained(
-            *(folder,),
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            device_map=SPREAD if spread else None,
+            folder, dtype=dtype, use_safetensors=True, device_map=SPREAD if spread else None, **REPORTING
         )
     except SafetensorError as error:
         raise ValueError(f"the weights of {name!r} are damaged ({error}): save or download them anew") from None

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import logging
 
 from chassis_utils.limits import require_memory
+from chassis_utils.linalg.moments import column_sums
 from chassis_utils.lm import checkpoint
 from chassis_utils.lm.tokenizer import read_tokenizer
 from chassis_utils.text.prompts import require_texts
@@ -64,7 +65,7 @@ class Head:
 
     def mean_probabilities(self, h: Shaped[Tensor, "n d"]) -> Float64[Tensor, "vocab"]:
         """The mean of the next-token distributions at these states, without all of them at once."""
-        sums = (self(rows).softmax(-1).sum(0, dtype=torch.float64) for rows in h.split(ROWS))
+        sums = (column_sums(self(rows).softmax(-1)) for rows in h.split(ROWS))
         return torch.stack(list(sums)).sum(0) / len(h)
 
     def finish(self, product: Shaped[Tensor, "*n vocab"]) -> Shaped[Tensor, "*n vocab"]:
