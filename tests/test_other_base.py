@@ -23,6 +23,8 @@ SMALL |= {
     "width": 128,
     "inner": 344,
     "rounds": 2,
+    "on_study": "--samples 128 --tested 32",
+    "on_processes": "--samples 128 --rounds 1",
 }
 BASE = {"base": str(STORIES), "fft_base": str(STORIES)}
 SIBLING = {"sibling": str(STORIES.parent / "llama2xs"), "n_train": 800}  # questions enough to hold some out of a third
