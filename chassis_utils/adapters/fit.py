@@ -26,7 +26,7 @@ from chassis_utils.experts.bridged import BridgedExpert
 from chassis_utils.experts.protocol import Expert
 from chassis_utils.experts.sibling import Sibling
 from chassis_utils.limits import require_memory
-from chassis_utils.linalg.moments import Moments, by_fold, merge
+from chassis_utils.linalg.moments import Moments, by_fold, column_sums, merge
 from chassis_utils.linalg.regression import (
     RankPath,
     choose_penalty,
@@ -108,7 +108,7 @@ def fit_logits(
     Raises `ValueError` for rows, widths and folds that do not belong together, and rows that are not finite.
     """
     _check_rows(h, logits, len(head.weight), head, folds, chosen=penalty is None)
-    likely = logits.softmax(-1).mean(0, dtype=torch.float64)
+    likely = column_sums(logits.softmax(-1)) / len(logits)
     edits, intercept = state_edits(head.unfinish(logits) - head.product(h), head, likely)
     return fit_moments(by_fold(h, edits, folds), head, vocabulary_metric(head.weight, likely), penalty, intercept)
 
