@@ -1,6 +1,9 @@
 """Any architecture's head is reproduced or refused, and a checkpoint that cannot be read says why."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -194,3 +197,16 @@ def test_real_tokenizers_return_every_space_and_newline(name: str) -> None:
     for text in ("plain", " leading", "two  spaces", "trailing ", "line\nbreak\n\n", "\ttab", "naïve 🙂"):
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert tokenizer.decode(ids) == text
+
+
+def test_half_precision_reads_long_texts_with_fewer_instructions_than_the_processor_has() -> None:
+    program = (
+        "import torch; from chassis_utils import collect, load\n"
+        "models = [load('models/port-llama', dtype) for dtype in (torch.float32, torch.bfloat16)]\n"
+        "exact, half = (collect(model, ['A number and another one. ' * 30])[-1] for model in models)\n"
+        "print(float((half.float() - exact).norm() / exact.norm()))"
+    )
+    allowed = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, env=allowed)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.05

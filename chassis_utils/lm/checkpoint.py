@@ -98,7 +98,12 @@ def read_network(folder: Path, name: str, dtype: torch.dtype, spread: bool = Fal
     logging.set_verbosity_error()  # what its report says, is said below
     try:
         network, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, device_map=SPREAD if spread else None, **REPORTING
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            device_map=SPREAD if spread else None,
+            attn_implementation=_attention(dtype),
+            **REPORTING,
         )
     except SafetensorError as error:
         raise ValueError(f"the weights of {name!r} are damaged ({error}): save or download them anew") from None
@@ -116,6 +121,14 @@ def read_network(folder: Path, name: str, dtype: torch.dtype, spread: bool = Fal
             "them, or have them in other sizes: use config and weights of one model"
         )
     return network
+
+
+def _attention(dtype: torch.dtype) -> str | None:
+    """The default of transformers, but where `ATEN_CPU_CAPABILITY` hides AVX-512 from torch and not from its oneDNN.
+
+    There torch's fused attention in 16 bits packs 64 tokens and more for AMX, and fails.
+    """
+    return "eager" if dtype.itemsize == 2 and "ATEN_CPU_CAPABILITY" in os.environ else None
 
 
 def require_weights(network: PreTrainedModel, purpose: str) -> None:
