@@ -1,6 +1,7 @@
-# install · paper · site · check · test · lab · refresh · models · archive · clean; each creates what it needs on first use.
+# install · paper · plan · site · check · test · lab · refresh · models · archive · clean; each creates what it needs on first use.
 # make paper PROFILE=real      other models, see notebooks/profiles/
 # make paper ARGS=--explain    why a notebook would be run again (--dry-run: only which)
+# make plan PROFILE=original   how long that would take on this machine, and what it needs
 # make test NOTEBOOKS=notebooks   nbval on all notebooks, not on the quick ones alone
 
 PROFILE ?= micro
@@ -8,10 +9,14 @@ NOTEBOOKS ?= $(wildcard notebooks/00_* notebooks/20_* notebooks/30_* notebooks/e
 BIN := .venv/bin
 export PROFILE
 
-.PHONY: paper site check test lab refresh models archive install clean
+.PHONY: paper plan site check test lab refresh models archive install clean
 
 paper: install
 	$(BIN)/pytask $(ARGS)
+
+plan: export OMP_NUM_THREADS ?= 2
+plan: install
+	$(BIN)/python paper/forecast/forecast.py
 
 site: .venv/site
 	$(BIN)/python paper/site/build.py

@@ -7,6 +7,7 @@ step is executed.
 """
 
 import json
+import logging
 import os
 import shutil
 import textwrap
@@ -76,6 +77,7 @@ def execute(notebook: Path, executed: Path, parameters: dict[str, Any]) -> None:
     import papermill  # seconds to import: only here, where a notebook really runs
     from papermill.exceptions import PapermillExecutionError
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each parameter that it cannot describe
     quiet = {"progress_bar": False, "record_timing": False, "extra_arguments": ["--IPKernelApp.log_level=50"]}
     try:
         papermill.execute_notebook(notebook, executed, parameters, coalesce_streams=True, **quiet)
