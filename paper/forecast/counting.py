@@ -24,6 +24,7 @@ from chassis_utils.lm import states
 
 BEGIN = time.perf_counter()
 VOCABULARY = 2000  # outputs from which on a linear layer is taken for a head
+WIDTH = 256  # of the shipped models
 MOST_ROWS = 1024  # beyond which a product is no faster for more
 COUNTS: dict[str, float] = defaultdict(float)
 HELD: dict[str, float] = defaultdict(float)  # now, of what COUNTS has the most of
@@ -90,22 +91,25 @@ def of_gram(x: torch.Tensor, weights: torch.Tensor | None = None) -> None:
 
 
 def of_product(x: torch.Tensor, y: torch.Tensor) -> None:
-    """Multiplications of a product with a vocabulary among its sizes: rows, a width and the vocabulary."""
-    if max(*x.shape, *y.shape) > VOCABULARY and x.dim() == y.dim() == 2:
-        COUNTS[f"product {x.dtype} {max(*x.shape, *y.shape)}"] += x.numel() * y.shape[1]
+    """Multiplications of a product whose columns are a vocabulary, or a share of one."""
+    if x.dim() == y.dim() == 2 and y.shape[1] > WIDTH:
+        COUNTS["product"] += x.numel() * y.shape[1]
 
 
 def of_solve(factor: torch.Tensor, columns: torch.Tensor) -> None:
-    """Multiplications of solving against as many columns as a vocabulary has."""
-    if columns.shape[1] > VOCABULARY:
-        COUNTS[f"solve {columns.dtype} {columns.shape[1]}"] += factor.numel() * columns.shape[1]
+    """Multiplications of solving against such columns."""
+    if columns.shape[1] > WIDTH:
+        COUNTS["solve"] += factor.numel() * columns.shape[1]
 
 
 def cubes(factor: float) -> Callable[..., None]:
-    """A decomposition, in as many multiplications of products as it takes the time of: `factor` times d^3."""
+    """A decomposition, in as many multiplications of products as it takes the time of: `factor` times d^3.
+
+    Of a matrix that is not square the longer side is a share of the vocabulary.
+    """
 
     def count(a: torch.Tensor, *_: Any, **__: Any) -> None:
-        COUNTS["cubes"] += factor * a.numel() * a.shape[-1]
+        COUNTS["cubes" if a.shape[-2] == a.shape[-1] else "solve"] += factor * a.numel() * min(a.shape[-2:])
 
     return count
 
