@@ -102,9 +102,9 @@ def test_published_models_have_as_many_weights_as_their_names_say(name: str, bil
 
 def test_more_tokens_and_wider_models_take_longer() -> None:
     wide = cost.Model(cost.llama(1024, 2816, 4, 16, 16), 3.0)
-    assert wide.seconds("pass", 32) > 4 * LLAMA.seconds("pass", 32)
-    assert wide.seconds("float64", 32) > LLAMA.seconds("float64", 32)
-    assert LLAMA.seconds("pass", 1) > 2 * LLAMA.seconds("pass", 256)
+    assert cost.seconds(wide, "pass", 32) > 4 * cost.seconds(LLAMA, "pass", 32)
+    assert cost.seconds(wide, "float64", 32) > cost.seconds(LLAMA, "float64", 32)
+    assert cost.seconds(LLAMA, "pass", 1) > 2 * cost.seconds(LLAMA, "pass", 256)
 
 
 WIDE = cost.Model(cost.llama(512, 1024, 16, 8, 8), LLAMA.bytes_per_token / 2)  # twice as many tokens

@@ -80,14 +80,6 @@ class Model:
             config.layer_types = config.layer_types[:BLOCKS]
         return AutoModelForCausalLM.from_config(config).base_model.to(default_device()).eval()
 
-    def seconds(self, kind: str, rows: int) -> float:
-        """Seconds of this machine for one of `kind`, where a call has so many rows.
-
-        These are a token in a block (`pass`), a row of the head (its dtype), a logit that is compared (`logits`), and a
-        multiplication of a product of its width in float64 (`square`).
-        """
-        return _seconds(self, kind, rows)
-
 
 def llama(width: int, inner: int, depth: int, heads: int, kv_heads: int) -> PretrainedConfig:
     """The configuration of a Llama with 32000 tokens."""
@@ -107,7 +99,12 @@ PUBLISHED = {  # the models of the studies, as they are described on the hub
 
 @cache
 @torch.inference_mode()
-def _seconds(model: Model, kind: str, rows: int) -> float:
+def seconds(model: Model, kind: str, rows: int) -> float:
+    """Seconds of this machine for one of `kind`, where a call has so many rows.
+
+    These are a token in a block (`pass`), a row of the head (its dtype), a logit that is compared (`logits`), and a
+    multiplication of a product of its width in float64 (`square`).
+    """
     device, d = default_device(), model.width
     if kind == "pass":
         tokens = torch.ones(-(-rows // LENGTH), min(rows, LENGTH), dtype=torch.long, device=device)

@@ -21,7 +21,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 import torch
-from cost import Model
+from cost import Model, seconds
 from tqdm import tqdm
 
 from chassis_utils.files import BUILD, ROOT
@@ -31,6 +31,7 @@ from chassis_utils.paper.pipeline import StepFailed, execute
 from chassis_utils.paper.plan import PlanError, Step, plan
 
 OF_ITS_OWN = ("51_benchmarks",)  # sizes
+FIXED_WORK = ("12_fft_speed",)  # whatever the models
 OTHER_METRICS = 1.25  # with them, comparing logits takes so many times its KL
 EACH_LAYER = ("21_layerwise_lenses", "32_prompted_expert", "33_depth", "34_sibling_at_depth")  # whose work is so many
 GROWTH = {"moments": (2, False), "cubes": (3, False), "metric": (2, True), "product": (1, True), "solve": (2, True)}
@@ -44,7 +45,7 @@ files.CACHE = Path({cache!r})  # empty at first: each state is read by the noteb
 sys.path.insert(0, {here!r})
 import counting
 sys.path.pop(0)"""
-Work = dict[tuple[str, str, int], float]  # counts by role of the model and, as in `Model.seconds`, kind and rows
+Work = dict[tuple[str, str, int], float]  # counts by role of the model and, as in `seconds`, kind and rows
 
 
 def rehearsed(step: Step, folder: Path) -> dict[str, float]:
@@ -109,26 +110,26 @@ def forecast(step: Step, folder: Path) -> dict[str, Any]:
     models = {role: Model.of((notebook.defaults | step.parameters)[role]) for role in roles}
     shipped = {role: Model.of(notebook.defaults[role]) for role in roles}
     row: dict[str, Any] = {"notebook": step.notebook.stem, "rehearsal_s": counts["seconds"]}
-    if "fft_speed" in step.notebook.stem or not roles:  # whatever the models
+    if step.notebook.stem in FIXED_WORK or not roles:
         return row | {"hours": counts["seconds"] / 3600}
     layers = step.notebook.stem in EACH_LAYER
     ours, theirs = (work_of(counts, chosen, shipped, layers) for chosen in (models, shipped))
     explained, whole = seconds_of(shipped, theirs), counts["seconds"]
     # what no count explains, stays as it is; where the counts would take longer than all did, they take that much less
-    seconds = seconds_of(models, ours) * min(1.0, whole / explained) + max(0.0, whole - explained)
+    expected = seconds_of(models, ours) * min(1.0, whole / explained) + max(0.0, whole - explained)
     base, small = next(iter(models.values())), next(iter(shipped.values()))
     return row | {
         "passes": counts.get("calls of blocks", 0) / small.depth,
         "mega_tokens": sum(n for (_, kind, _), n in ours.items() if kind == "pass") / base.depth / 1e6,
         "tera_operations": operations(models, ours) / 1e12,
-        "hours": seconds / 3600,
+        "hours": expected / 3600,
         **room(counts, models, base.width / small.width, (base.depth + 1) / (small.depth + 1)),
     }
 
 
 def seconds_of(models: dict[str, Model], work: Work) -> float:
     """Seconds that this machine takes for it."""
-    return sum(count * models[role].seconds(kind, rows) for (role, kind, rows), count in work.items())
+    return sum(count * seconds(models[role], kind, rows) for (role, kind, rows), count in work.items())
 
 
 def room(counts: dict[str, float], models: dict[str, Model], wider: float, deeper: float) -> dict[str, float]:
